@@ -1,0 +1,126 @@
+"""Everything this repository can do to itself: `nox --list` names it, `nox` runs the checks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "virtualenv"  # pip honours the machine's own pip settings
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "tests", "build"]
+
+ROOT = Path(__file__).parent
+CONSTRAINTS = str(ROOT / "constraints.txt")
+PACKAGES = sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.toml"))
+OLDEST = ("torch==2.9.*", "transformers==5.15.0", "accelerate==1.10.0", "peft==0.19.0")
+
+
+def install(session: nox.Session, *what: str, constrained: bool = True) -> None:
+    """Install, with the pinned versions: unconstrained, pip takes gigabytes of CUDA builds."""
+    session.install(*(("-c", CONSTRAINTS) if constrained else ()), *what)
+
+
+def test_requirements(*packages: str) -> list[str]:
+    """What the tests of these packages need beside the packages themselves."""
+    needs: set[str] = set()
+    for package in packages:
+        project = nox.project.load_toml(ROOT / "packages" / package / "pyproject.toml")
+        needs.update(nox.project.dependency_groups(project, "test"))
+    return sorted(needs)
+
+
+def editable() -> list[str]:
+    """Arguments that install every package from its source folder."""
+    return [word for package in PACKAGES for word in ("-e", f"packages/{package}")]
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, types, and who may import whom."""
+    install(session, "ruff", "mypy", "types-PyYAML", "torch", "numpy", "pillow")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy", *(f"packages/{package}/src" for package in PACKAGES))
+    session.run("python", "tools/imports.py")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The tests of all packages in one environment; arguments go to pytest."""
+    install(session, *editable(), *test_requirements(*PACKAGES))
+    session.run("pytest", "--durations=5", *session.posargs)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build sdist and wheel of each package, install the wheels alone, run them."""
+    dist = ROOT / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    install(session, "build")
+    for package in PACKAGES:
+        session.run(
+            "python", "-m", "build", "--outdir", str(dist), f"packages/{package}",
+            env={"PIP_CONSTRAINT": CONSTRAINTS}, silent=True,
+        )  # fmt: skip
+    wheels = sorted(dist.glob("*.whl"))
+    for wheel in wheels:
+        refuse_local_requirements(session, wheel)
+    clean = session.create_tmp()
+    session.run("python", "-m", "venv", f"{clean}/venv")
+    binaries = Path(clean) / "venv" / ("Scripts" if os.name == "nt" else "bin")
+    python = str(binaries / "python")
+    extras = [f"{wheel}[demo]" if "sam2" in wheel.name else str(wheel) for wheel in wheels]
+    session.run(python, "-m", "pip", "install", "-q", "-c", CONSTRAINTS, *extras, external=True)
+    for package in PACKAGES:
+        command = binaries / package
+        if command.exists():
+            session.run(str(command), "--help", external=True, silent=True)
+            session.run(
+                str(command), "demo", "--steps", "2", "--output", f"{clean}/demo", "--overwrite",
+                external=True, silent=True,
+            )  # fmt: skip
+
+
+def refuse_local_requirements(session: nox.Session, wheel: Path) -> None:
+    """A wheel that names a folder of the building machine must never reach an index."""
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        if b"@ file:" in archive.read(name):
+            session.error(f"{wheel.name} requires a local folder: build it from its sdist")
+
+
+@nox.session
+@nox.parametrize("package", PACKAGES, ids=PACKAGES)
+def alone(session: nox.Session, package: str) -> None:
+    """A user's install of one package, and its own tests: are its dependencies declared?"""
+    install(session, f"./packages/{package}", *test_requirements(package))
+    session.run("pytest", f"packages/{package}", *session.posargs)
+
+
+@nox.session
+def train(session: nox.Session) -> None:
+    """The main job on real pictures: base -> LoRA -> merged (`-- sam2-lora` names the package)."""
+    package = session.posargs[0] if session.posargs else "sam2-lora"
+    if package not in PACKAGES:
+        session.error(f"{package!r} is no package; there are {', '.join(PACKAGES)}")
+    install(session, f"./packages/{package}[demo]")
+    session.run(package, "demo", "--output", "demo_run", "--overwrite", *session.posargs[1:])
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """The tests that need CUDA; install a CUDA build of the pinned torch first."""
+    install(session, *editable(), *test_requirements(*PACKAGES))
+    session.run("pytest", "-m", "gpu", *session.posargs)
+
+
+@nox.session
+def oldest(session: nox.Session) -> None:
+    """The tests with the oldest versions that the packages declare."""
+    install(session, *editable(), *test_requirements(*PACKAGES), *OLDEST, constrained=False)
+    session.run("pytest", *session.posargs)

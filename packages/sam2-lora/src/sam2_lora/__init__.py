@@ -1,0 +1,24 @@
+"""LoRA fine-tuning of SAM 2 and 2.1: train, evaluate, predict, merge to an official checkpoint."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {"Config": "config", "Predictor": "predict", "build": "model", "load": "data"}
+__all__ = sorted(_HOME)
+
+if TYPE_CHECKING:
+    from sam2_lora.config import Config as Config
+    from sam2_lora.data import load as load
+    from sam2_lora.model import build as build
+    from sam2_lora.predict import Predictor as Predictor
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sam2_lora' has no attribute {name!r}")
+    globals()[name] = getattr(import_module(f"sam2_lora.{_HOME[name]}"), name)
+    return globals()[name]

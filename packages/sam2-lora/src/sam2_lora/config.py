@@ -1,0 +1,207 @@
+"""Every setting of a sam2-lora training run, each with its default and its help text."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lora_core.config import option
+from lora_core.errors import ConfigError, near
+
+STRIDE = 32  # Hiera: patches of 4 pixels, window positions of 8 patches
+PRESETS = ("default", "encoder", "decoder", "decoder_attention")
+
+
+@dataclass
+class Config:
+    """Settings of `sam2-lora train`; the guide's flags keep their names and defaults."""
+
+    # -- the guide's flags ---------------------------------------------------------------------
+    learning_rate: float = option(1e-3, "Peak learning rate of AdamW.", "optimisation")
+    weight_decay: float = option(0.01, "AdamW's decoupled weight decay.", "optimisation")
+    steps: int = option(10_000, "Optimizer updates.", "optimisation")
+    batch_size: int = option(1, "Images per step and device.", "optimisation")
+    lora_rank: int = option(8, "Rank r of every adapter.", "lora")
+    lora_alpha: float = option(16, "The update is scaled by alpha / r.", "lora")
+    lora_dropout: float = option(0.05, "Dropout on the adapters' input, 0 <= p < 1.", "lora")
+
+    # -- what is adapted -----------------------------------------------------------------------
+    checkpoint: str = option(
+        "sam2_hiera_large.pt",
+        "Official SAM 2 / 2.1 checkpoint, transformers folder, or hub id. A bare file name is also "
+        "looked for in checkpoints/ and libs/sam2base/checkpoints/.",
+        "model",
+    )
+    targets: str = option(
+        "default",
+        "Where LoRA goes: default (encoder attention, decoder attention and MLP), encoder, "
+        "decoder, decoder_attention; append +heads for the decoder's prediction heads.",
+        "lora",
+    )
+    adapter: str | None = option(None, "Start from this adapter (warm start).", "lora")
+    image_size: str = option(
+        "1024", "Model input: a side such as 1024, or HEIGHTxWIDTH such as 256x1600.", "model"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto", "Mixed precision; auto: bf16 where the GPU has it, else fp16, fp32 on CPU.", "model"
+    )
+    gradient_checkpointing: bool = option(
+        False, "Recompute activations in the backward pass: less memory, slower.", "model"
+    )
+    device: Literal["auto", "cuda", "cpu"] = option("auto", "Where to train.", "model")
+
+    # -- data ----------------------------------------------------------------------------------
+    data_root: str = option(
+        "datasets/Data/splits",
+        "Folder with train_split/val_split/test_split (or train/val/test), or one folder to split.",
+        "data",
+    )
+    data_format: Literal["auto", "severstal", "kaggle", "folders", "coco"] = option(
+        "auto",
+        "severstal: Supervisely img/ + ann/; kaggle: train.csv + train_images/; "
+        "folders: images/ + masks/; coco: images and a COCO json.",
+        "data",
+    )
+    mask_kind: Literal["auto", "binary", "instances", "labels"] = option(
+        "auto",
+        "Meaning of mask values in folders: binary (0 and one other value), instances (one id per "
+        "object), labels (one index per class). auto accepts only masks that are evidently binary.",
+        "data",
+    )
+    dataset_size: Literal["full", "500", "1000", "2000"] = option(
+        "full", "Use subsets/{N}_subset of the Severstal splits for training.", "data"
+    )
+    val_fraction: float = option(
+        0.1, "Share of pictures for validation when the data has no validation split.", "data"
+    )
+    objects: Literal["auto", "components", "annotations", "union"] = option(
+        "auto",
+        "What one object is: a connected component, one annotation, or all of one class together; "
+        "auto takes components of binary and label masks and annotations otherwise.",
+        "data",
+    )
+    min_object_area: int = option(16, "Objects with fewer pixels are left out and counted.", "data")
+    max_objects: int = option(8, "Objects per image and step; a seeded choice of more.", "data")
+    max_val_images: int = option(0, "Validate on a fixed choice of so many images; 0: all.", "data")
+    hflip: bool = option(True, "Mirror training images left-right half of the time.", "data")
+    num_workers: int = option(2, "Processes that load training images.", "data")
+
+    # -- prompts and loss ----------------------------------------------------------------------
+    prompts: Literal["mixed", "point", "box"] = option(
+        "mixed", "An object's first prompt in training; mixed: half points, half boxes.", "prompts"
+    )
+    box_jitter: float = option(
+        0.1, "Box sides move by up to this share of their length.", "prompts"
+    )
+    correction_clicks: int = option(
+        0, "Training clicks on the prediction's errors after the first prompt, 0 to 7.", "prompts"
+    )
+    loss: Literal["official", "legacy"] = option(
+        "official", "official: 20 focal + dice + iou + class; legacy: BCE of mask 0.", "prompts"
+    )
+
+    # -- schedule ------------------------------------------------------------------------------
+    warmup_steps: int = option(100, "Linear warm-up, at most a tenth of all steps.", "optimisation")
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.", "optimisation")
+    gradient_accumulation_steps: int = option(1, "Batches per optimizer update.", "optimisation")
+    seed: int = option(42, "Fixes adapters, data order, prompts and dropout.", "optimisation")
+    eval_steps: int = option(500, "Validate every so many updates, and at the end.", "schedule")
+    log_steps: int = option(100, "Log training figures every so many updates.", "schedule")
+    patience: int = option(7, "Stop after this many validations without a better IoU.", "schedule")
+    min_delta: float = option(1e-4, "A better IoU is better by more than this.", "schedule")
+
+    # -- output --------------------------------------------------------------------------------
+    output_dir: str = option("models/severstal_lora", "Run folders are made in here.", "output")
+    logs_dir: str = option("logs", "training_metrics_lora_{timestamp}.csv goes here.", "output")
+    keep_best: int = option(3, "How many of the best adapters and merged models to keep.", "output")
+    resume: str | None = option(
+        None, "Continue this unfinished run: its folder or its latest_lora_step file.", "output"
+    )
+    tensorboard: bool = option(
+        True, "Write TensorBoard curves and pictures if installed.", "output"
+    )
+    cache_dir: str | None = option(
+        None,
+        "Keep image embeddings here when only the decoder is adapted: the encoder runs once per "
+        "picture (needs --hflip false).",
+        "output",
+    )
+    cache_gb: float = option(50.0, "Upper bound of the embedding cache in 10^9 bytes.", "output")
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "batch_size",
+            "lora_rank",
+            "max_objects",
+            "gradient_accumulation_steps",
+            "eval_steps",
+            "log_steps",
+            "patience",
+            "keep_best",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("max_val_images", "num_workers", "warmup_steps", "min_object_area"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"--{name} is {getattr(self, name)}: it must not be negative")
+        for name in ("learning_rate", "lora_alpha", "max_grad_norm", "cache_gb"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"--{name} is {value}: it must be a finite number above 0")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"--lora_dropout is {self.lora_dropout}: it must be 0 <= p < 1")
+        if not 0 < self.val_fraction < 1:
+            raise ConfigError(f"--val_fraction is {self.val_fraction}: it must be between 0 and 1")
+        if not 0 <= self.box_jitter < 0.5:
+            raise ConfigError(f"--box_jitter is {self.box_jitter}: it must be 0 <= share < 0.5")
+        if not 0 <= self.correction_clicks <= 7:
+            raise ConfigError(f"--correction_clicks is {self.correction_clicks}: it must be 0 to 7")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ConfigError(f"--weight_decay is {self.weight_decay}: it must be 0 or more")
+        self.size  # noqa: B018 - raises on a bad --image_size
+        self.preset  # noqa: B018 - raises on a bad --targets
+        if self.cache_dir and not self.decoder_only:
+            raise ConfigError(
+                f"--cache_dir needs an unchanged encoder, not --targets {self.targets}: "
+                "use --targets decoder or decoder_attention"
+            )
+        if self.cache_dir and self.hflip:
+            raise ConfigError("--cache_dir keeps one embedding per picture: add --hflip false")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Model input as (height, width) in pixels."""
+        return parse_size(self.image_size)
+
+    @property
+    def preset(self) -> tuple[str, bool]:
+        """Name of the target preset, and whether the prediction heads are adapted too."""
+        name, plus, extra = self.targets.partition("+")
+        if name not in PRESETS or (plus and extra != "heads"):
+            choices = [*PRESETS, *(f"{preset}+heads" for preset in PRESETS)]
+            raise ConfigError(f"unknown --targets {self.targets!r}; {near(self.targets, choices)}")
+        return name, bool(plus)
+
+    @property
+    def decoder_only(self) -> bool:
+        """Whether the image encoder stays as it is, so that its output can be cached."""
+        return self.preset[0].startswith("decoder")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Read `1024` or `256x1600` as (height, width); each side a multiple of 32 pixels.
+
+    Raises:
+        ConfigError: anything else, with the nearest size that works.
+    """
+    sides = str(text).lower().split("x")
+    if len(sides) > 2 or not all(side.isdigit() for side in sides):
+        raise ConfigError(f"--image_size {text!r}: expected 1024 or HEIGHTxWIDTH such as 256x1600")
+    numbers = [int(side) for side in sides]
+    if any(number < STRIDE or number % STRIDE for number in numbers):
+        nearest = "x".join(str(max(1, round(number / STRIDE)) * STRIDE) for number in numbers)
+        raise ConfigError(f"--image_size {text}: not multiples of {STRIDE}; try {nearest}")
+    return numbers[0], numbers[-1]

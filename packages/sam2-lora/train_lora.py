@@ -1,0 +1,8 @@
+"""Train a LoRA of SAM 2: `python train_lora.py --data_root my_pictures --checkpoint sam2.1_hiera_tiny.pt`."""
+
+import sys
+
+from sam2_lora.train import main
+
+if __name__ == "__main__":
+    sys.exit(main())
