@@ -14,11 +14,6 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = {
-    source.name: source
-    for source in ROOT.glob("packages/*/src/*")
-    if (source / "__init__.py").exists()
-}
 # In lora_core, the only modules that may reach these libraries, even inside a function.
 HOME_IN_CORE = {
     "transformers": {"trainer"},
@@ -53,16 +48,18 @@ def imports(tree: ast.Module) -> Iterator[tuple[int, str, bool]]:
                 yield node.lineno, f"{node.module}.{alias.name}", node not in inside
 
 
-def faults(package: str, path: Path, found: list[tuple[int, str, bool]]) -> Iterator[str]:
+def faults(
+    package: str, packages: set[str], path: Path, found: list[tuple[int, str, bool]]
+) -> Iterator[str]:
     """Yield each import of this file that the rule forbids."""
-    where = path.relative_to(ROOT)
+    where = "/".join(path.parts[path.parts.index("packages") :])
     for line, name, at_top in found:
         library = name.split(".")[0]
         if name.startswith("."):
             yield f"{where}:{line}: relative import; write the package's name"
         elif library in {"tools", "tests", "noxfile"}:
             yield f"{where}:{line}: imports {name}, which is no part of a package"
-        elif library in PACKAGES and library not in {package, "lora_core"}:
+        elif library in packages and library not in {package, "lora_core"}:
             yield f"{where}:{line}: {package} imports {library}; what two need moves to lora_core"
         elif package == "lora_core" and path.stem not in HOME_IN_CORE.get(library, {path.stem}):
             homes = " and ".join(sorted(HOME_IN_CORE[library]))
@@ -79,15 +76,21 @@ def cycle(package: str, arrows: dict[str, set[str]]) -> Iterator[str]:
         yield f"{package}: modules import each other in a circle: {' -> '.join(error.args[1])}"
 
 
-def check() -> list[str]:
+def sources(root: Path) -> dict[str, Path]:
+    """Name and folder of every importable package below `packages/`."""
+    return {init.parent.name: init.parent for init in root.glob("packages/*/src/*/__init__.py")}
+
+
+def check(root: Path = ROOT) -> list[str]:
     """All faults of all packages, as lines of text."""
     problems: list[str] = []
-    for package, source in sorted(PACKAGES.items()):
+    packages = sources(root)
+    for package, source in sorted(packages.items()):
         arrows: dict[str, set[str]] = {}
         modules = {path.stem for path in source.glob("*.py")}
         for path in sorted(source.rglob("*.py")):
             found = list(imports(ast.parse(path.read_text("utf-8"), str(path))))
-            problems += faults(package, path, found)
+            problems += faults(package, set(packages), path, found)
             own = {name.split(".")[1] for _, name, _ in found if name.startswith(f"{package}.")}
             arrows[path.stem] = own & modules - {path.stem, "__init__"}
         problems += cycle(package, arrows)
@@ -96,5 +99,5 @@ def check() -> list[str]:
 
 if __name__ == "__main__":
     problems = check()
-    print("\n".join(problems) or f"imports: {len(PACKAGES)} packages follow the rule")
+    print("\n".join(problems) or f"imports: {len(sources(ROOT))} packages follow the rule")
     sys.exit(bool(problems))

@@ -16,20 +16,20 @@ TAG = re.compile(
 )
 
 
-def problem(tag: str) -> tuple[str, str | None]:
+def problem(tag: str, root: Path = ROOT) -> tuple[str, str | None]:
     """Return (package, None), or (package, what is wrong with the tag)."""
     match = TAG.fullmatch(tag)
     if not match:
         return "", f"tag {tag!r} is not <package>-v<version>, such as sam2-lora-v0.1.0"
     package, version = match["package"], match["version"]
-    folder = ROOT / "packages" / package
+    folder = root / "packages" / package
     if not (folder / "pyproject.toml").is_file():
         return package, f"there is no package {package!r}"
     init = folder / "src" / package.replace("-", "_") / "__init__.py"
     written = re.search(r'^__version__ = "([^"]+)"', init.read_text("utf-8"), re.MULTILINE)
     if not written or written[1] != version:
         found = written[1] if written else "none"
-        return package, f"{init.relative_to(ROOT)} says version {found}, the tag says {version}"
+        return package, f"{init.relative_to(root)} says version {found}, the tag says {version}"
     entry = rf"^## {re.escape(version)} \(\d{{4}}-\d\d-\d\d\)$"
     if not re.search(entry, (folder / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE):
         return package, f"packages/{package}/CHANGELOG.md has no entry '## {version} (YYYY-MM-DD)'"

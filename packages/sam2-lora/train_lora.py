@@ -1,4 +1,4 @@
-"""Train a LoRA of SAM 2: `python train_lora.py --data_root my_pictures --checkpoint sam2.1_hiera_tiny.pt`."""
+"""Train a LoRA of SAM 2: `python train_lora.py --data_root pictures --checkpoint sam2.pt`."""
 
 import sys
 

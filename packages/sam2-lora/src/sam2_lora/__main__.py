@@ -43,7 +43,8 @@ def dispatch(argv: Sequence[str]) -> int:
     command, *rest = argv
     if command not in COMMANDS:
         raise ConfigError(f"sam2-lora has no command {command!r}; {near(command, COMMANDS)}")
-    return import_module(f"sam2_lora.{command}").main(rest)
+    module = "demo_run" if command == "demo" else command
+    return import_module(f"sam2_lora.{module}").main(rest)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

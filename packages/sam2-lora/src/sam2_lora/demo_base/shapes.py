@@ -7,7 +7,7 @@ pixels. Numpy only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +35,13 @@ EASY = Difficulty(objects=(2, 3), radius=(0.16, 0.34), contrast=0.35, clutter=0.
 FULL = Difficulty(objects=(2, 6), radius=(0.09, 0.30), contrast=0.15, clutter=1.0)
 EMPTY = Difficulty(objects=(0, 0), radius=(0.1, 0.1), contrast=0.15, clutter=1.0)
 
+HELD_OUT_SEED = 3  # of the pictures that the base's figures are measured on; never trained on
+
+
+def held_out(count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The first pictures of the held-out set, each as `picture` returns it."""
+    return (picture((HELD_OUT_SEED, i, 0), FULL) for i in range(count))
+
 
 def picture(
     seed: int | Sequence[int], difficulty: Difficulty, size: int = 128
@@ -55,7 +62,8 @@ def picture(
     grey = rng.random() < 0.5
     base = _colour(rng, grey)
     canvas = _texture(rng, x, y, base, difficulty.clutter, grey)
-    whole, visible = [], []
+    whole: list[int] = []  # pixels of each shape before others cover it
+    visible: list[np.ndarray] = []
     for _ in range(rng.integers(difficulty.objects[0], difficulty.objects[1] + 1)):
         mask, u, v = _shape(rng, x, y, difficulty.radius)
         if mask.sum() < MIN_PIXELS:
@@ -235,7 +243,7 @@ def _camera(
     for _ in range(rng.choice([0, 1, 1, 2, 3]) if rng.random() < clutter else 1):
         canvas = _blur(canvas)
     if rng.random() < 0.6 * clutter:
-        noise = rng.standard_normal(canvas.shape[:2] + (1 if grey else 3,), np.float32)
+        noise = rng.standard_normal((*canvas.shape[:2], 1 if grey else 3), np.float32)
         canvas = canvas + rng.uniform(0.01, 0.08) * noise
     return np.clip(canvas * 255 + 0.5, 0, 255).astype(np.uint8)
 

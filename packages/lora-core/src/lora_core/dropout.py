@@ -1,0 +1,164 @@
+"""Dropout whose mask is drawn again in the backward pass instead of being kept.
+
+`D(x)` sets an element to zero with probability p and divides the others by q = 1 - p. A mask is a
+function of a seed, so neither the mask nor the dropped copy of x outlives the block of rows that
+is being worked on: the adapter branch keeps x itself, which others keep alive anyway, and one
+integer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+CPU_BLOCK = 1 << 16  # elements per block: mask and rows stay in the cache of one core
+DEVICE_BLOCK = 1 << 25  # elements per block elsewhere: few launches, bounded transient memory
+
+
+def draw_seed() -> int:
+    """A seed from the default CPU generator.
+
+    `torch.manual_seed` fixes it, and activation checkpointing, which restores that generator,
+    draws the same one again.
+    """
+    return int(torch.randint(2**62, ()).item())
+
+
+def keep_count(p: float) -> int:
+    """K of the keep probability K / 65536 that 16 random bits can give, nearest to 1 - p."""
+    return min(max(round((1 - p) * 65536), 1), 65535)
+
+
+def keep_probability(p: float) -> float:
+    """The exact q of the masks made for p; survivors are divided by it."""
+    return keep_count(p) / 65536
+
+
+def masks(
+    seed: int, p: float, rows: int, columns: int, device: torch.device
+) -> Iterator[tuple[slice, Tensor]]:
+    """Give the mask of a (rows, columns) matrix as (rows of the block, bool (n, columns)) pairs.
+
+    The same arguments give the same masks. Sixteen random bits decide about one element: filling
+    int64 and reading it as int16 costs a quarter of drawing each element.
+    """
+    generator = torch.Generator(device=device).manual_seed(seed)
+    block = CPU_BLOCK if device.type == "cpu" else DEVICE_BLOCK
+    step = max(1, block // max(1, columns))
+    threshold = keep_count(p) - 32768
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        count = (stop - start) * columns
+        words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device)
+        # Without the explicit lower end torch leaves the sign bit of every word zero.
+        words.random_(-(2**63), None, generator=generator)
+        bits = words.view(torch.int16)[:count].view(stop - start, columns)
+        yield slice(start, stop), bits < threshold
+
+
+def dropped_product(x: Tensor, A: Tensor, p: float, seed: int) -> Tensor:
+    """`h = D(x) A^T`: x (N, di), A (r, di) -> (N, r)."""
+    h = x.new_empty(x.shape[0], A.shape[0])
+    for rows, keep in masks(seed, p, x.shape[0], x.shape[1], x.device):
+        torch.mm(x[rows] * keep, A.t(), out=h[rows])
+    return h.mul_(1 / keep_probability(p))
+
+
+def dropped_product_backward(
+    dh: Tensor, x: Tensor | None, A: Tensor, dx: Tensor | None, p: float, seed: int
+) -> Tensor | None:
+    """Backward of `dropped_product` for dh (N, r): adds to dx in place, returns dA.
+
+    `dA = dh^T D(x)` summed over blocks in fp32 at least; `dx += M/q * (dh A)`. x None: no dA;
+    dx None: x needs no gradient.
+    """
+    dh = dh / keep_probability(p)
+    dA = None
+    if x is not None:
+        dA = A.new_zeros(A.shape, dtype=torch.promote_types(A.dtype, torch.float32))
+    for rows, keep in masks(seed, p, dh.shape[0], A.shape[1], dh.device):
+        if dA is not None and x is not None:
+            dA += dh[rows].t() @ (x[rows] * keep)
+        if dx is not None:
+            dx[rows] += (dh[rows] @ A).mul_(keep)
+    return dA
+
+
+class _SeededDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, seed: int) -> Tensor:
+        ctx.p, ctx.seed = p, seed
+        return _dropped(x, p, seed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        return _dropped(g, ctx.p, ctx.seed), None, None
+
+
+def _dropped(x: Tensor, p: float, seed: int) -> Tensor:
+    columns = x.shape[-1] if x.dim() else 1
+    flat = x.reshape(-1, columns) if columns else x.reshape(0, 1)
+    out = torch.empty_like(flat, memory_format=torch.contiguous_format)
+    for rows, keep in masks(seed, p, flat.shape[0], flat.shape[1], x.device):
+        torch.mul(flat[rows], keep, out=out[rows])
+    return out.div_(keep_probability(p)).view(x.shape)
+
+
+def seeded_dropout(x: Tensor, p: float, seed: int) -> Tensor:
+    """`D(x)`, keeping only the seed for the backward pass."""
+    out: Tensor = _SeededDropout.apply(x, p, seed)
+    return out
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, run: Callable[[Tensor, Tensor], Tensor], x: Tensor, A: Tensor
+    ) -> Tensor:
+        ctx.run = run
+        ctx.save_for_backward(x, A)
+        return run(x, A)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[1:]
+        inputs = [
+            t.detach().requires_grad_(need)
+            for t, need in zip(ctx.saved_tensors, needed, strict=True)
+        ]
+        with torch.enable_grad():
+            h = ctx.run(*inputs)
+        grads = iter(torch.autograd.grad(h, [t for t in inputs if t.requires_grad], g))
+        return (None, *(next(grads) if need else None for need in needed))
+
+
+def recomputed(run: Callable[[Tensor, Tensor], Tensor], x: Tensor, A: Tensor) -> Tensor:
+    """`run(x, A)`, run once more in the backward pass instead of keeping what it makes of x.
+
+    For r-wide work on a dropped x: cheap next to the base layer, and x is alive anyway.
+    """
+    h: Tensor = _Recomputed.apply(run, x, A)
+    return h
+
+
+def drop_columns(A: Tensor, p: float, groups: int = 1) -> Tensor:
+    """A (G r, c, ..) with whole input channels set to zero with probability p, others over q.
+
+    What is left of input dropout where only the weight can be changed: the expectation is A, and
+    all rows of the input of one call share the mask.
+    """
+    keep = torch.rand(groups, 1, A.shape[1], device=A.device) >= p
+    keep = keep.expand(groups, A.shape[0] // groups, A.shape[1]).reshape(A.shape[:2])
+    return A * (keep.to(A.dtype) / (1 - p)).view(*A.shape[:2], *[1] * (A.dim() - 2))
+
+
+def plain_dropout(x: Tensor, p: float) -> Tensor:
+    """`D(x)` by torch, for graphs that a compiler or a second derivative has to see through."""
+    return F.dropout(x, p) if p else x

@@ -1,0 +1,369 @@
+"""How a module becomes an adapted one, and itself again.
+
+- wrap: the class gets a fast `forward` from `lora_core.functional`. For Linear, Conv1d/2d/3d and
+  Embedding whose own `__call__` is what the model uses.
+- parametrize: other code computes with the weight: `nn.MultiheadAttention` and its `out_proj`,
+  the evaluation path of `nn.TransformerEncoderLayer`, tied weights, layers of unknown kind. The
+  class gets a property in the parameter's place: reading `weight` gives `W + s B A`, while the raw
+  parameter stays registered under its name, so state dicts do not notice. A Linear has the fast
+  `forward` as well.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_core import dropout, initialise
+from lora_core import functional as lora
+from lora_core.layers import BIAS_OF, AdapterSpec, Factor, Kind, LoraLayer
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+Base = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+class WrappedLayer(LoraLayer):
+    """An adapted layer with a fast forward pass of its own."""
+
+    def lora_forward(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        base: Base,
+        adapted: Callable[[Tensor, Tensor, Tensor | None, Sequence[lora.Branch]], Tensor],
+    ) -> Tensor:
+        """The layer's output; `base(x, W, b)` and `adapted(x, W, b, branches)` are its kind's."""
+        W, live = self.lora_raw("weight"), self.lora_live()
+        if not any(self.lora_adapters[name].use_dora for name in live):
+            bias = self.lora_added_bias(bias, live)
+            if not live:
+                return base(x, W, bias)
+            return adapted(x, W, bias, self.lora_branches("weight", live))
+        (name, *others) = live
+        if others or self.lora_scales[name] != 1:  # several magnitudes: add up the weights
+            return base(x, self.lora_weight("weight"), self.lora_added_bias(bias, live))
+        (branch,) = self.lora_branches("weight", live)
+        ratio = self._lora_ratio(name, W.to(branch.A.dtype), branch.A, branch.B)
+        column = (-1, *[1] * (W.dim() - 2))  # how a value per output unit broadcasts over y
+        rest, p = None, branch.dropout
+        if p and x.is_floating_point():
+            dropped = _dropped(x, p)
+            rest, x = base(x - dropped, W, None), dropped
+        branch = lora.Branch(branch.A, branch.B, branch.scale)
+        y = adapted(x, W, bias, [branch])
+        return lora.dora(y, None if bias is None else bias.view(column), ratio.view(column), rest)
+
+
+def _dropped(x: Tensor, p: float) -> Tensor:
+    if lora.needs_plain_form(x):
+        return dropout.plain_dropout(x, p)
+    return dropout.seeded_dropout(x, p, dropout.draw_seed())
+
+
+class LoraLinear(WrappedLayer):
+    """nn.Linear with adapters."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.lora_forward(input, self._parameters["bias"], F.linear, lora.lora_linear)
+
+
+class LoraConv(WrappedLayer):
+    """nn.Conv1d, 2d or 3d with adapters; stride, padding, dilation and groups are the base's."""
+
+    groups: int
+    _conv_forward: Base
+
+    def forward(self, input: Tensor) -> Tensor:
+        adapted = functools.partial(lora.lora_conv, conv=self._conv_forward, groups=self.groups)
+        return self.lora_forward(input, self._parameters["bias"], self._conv_forward, adapted)
+
+
+class LoraEmbedding(WrappedLayer):
+    """nn.Embedding with adapters."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.lora_forward(input, None, self._base, self._adapted)
+
+    def _lookup(self, tokens: Tensor, table: Tensor, **norm: Any) -> Tensor:
+        return F.embedding(
+            tokens, table, self.padding_idx, **norm, scale_grad_by_freq=self.scale_grad_by_freq
+        )
+
+    def _base(self, tokens: Tensor, table: Tensor, bias: None = None) -> Tensor:
+        # max_norm rescales rows of the table in place: the base's business, never A's.
+        return self._lookup(tokens, table, max_norm=self.max_norm, norm_type=self.norm_type)
+
+    def _adapted(
+        self, tokens: Tensor, table: Tensor, bias: None, branches: Sequence[lora.Branch]
+    ) -> Tensor:
+        return lora.lora_embedding(self._base(tokens, table), tokens, branches, self._lookup)
+
+
+class TiedLayer(nn.Module):
+    """A module whose weight belongs to an adapted layer too: it reads the adapted one."""
+
+    lora_base_class: type[nn.Module]
+    lora_owner: LoraLayer
+    lora_owner_weight: str
+
+
+_FORWARDS: dict[Kind, type[LoraLayer]] = {
+    "linear": LoraLinear,
+    "conv": LoraConv,
+    "embedding": LoraEmbedding,
+}
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """What kind of adaptable layer this is; None: it has no weight that an adapter could change."""
+    if isinstance(module, nn.MultiheadAttention):
+        return "attention"
+    weight = module._parameters.get("weight")
+    norms = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
+    if weight is None or weight.dim() < 2 or isinstance(module, norms):
+        return None
+    if not weight.is_floating_point():  # quantised storage
+        return None
+    kinds: list[tuple[Any, Kind]] = [
+        (nn.Linear, "linear"),
+        (CONVS, "conv"),
+        (TRANSPOSED_CONVS, "conv_transpose"),
+        (nn.Embedding, "embedding"),
+    ]
+    return next((kind for classes, kind in kinds if isinstance(module, classes)), "weight")
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether the module runs torch's own forward of its kind, so that ours may stand in for it."""
+    classes = (nn.Linear, *CONVS, nn.Embedding)
+    own = next((cls for cls in classes if isinstance(module, cls)), None)
+    base = getattr(module, "lora_base_class", type(module))
+    return (
+        own is not None
+        and base.forward is own.forward
+        and getattr(base, "_conv_forward", None) is getattr(own, "_conv_forward", None)
+        and "forward" not in vars(module)
+    )
+
+
+def weight_names(module: nn.Module) -> tuple[str, ...]:
+    """The parameters of an adaptable layer that an adapter changes."""
+    if not isinstance(module, nn.MultiheadAttention):
+        return ("weight",)
+    if module._qkv_same_embed_dim:
+        return ("in_proj_weight",)
+    return ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+# Changing and restoring the class
+
+
+@functools.cache
+def _subclass(
+    mixin: type[nn.Module], base: type[nn.Module], properties: tuple[str, ...]
+) -> type[nn.Module]:
+    body: dict[str, Any] = {"lora_base_class": base, "__module__": base.__module__}
+    # deepcopy and pickle must not look for the class by its name: there is none to import.
+    body["__reduce_ex__"] = lambda self, protocol: (
+        _rebuild,
+        (mixin, base, properties),
+        self.__getstate__(),
+    )
+    for name in properties:
+        body[name] = _reading(mixin, name)
+    return type(f"Lora{base.__name__}", (mixin, base), body)
+
+
+def _rebuild(
+    mixin: type[nn.Module], base: type[nn.Module], properties: tuple[str, ...]
+) -> nn.Module:
+    cls = _subclass(mixin, base, properties)
+    return cls.__new__(cls)
+
+
+def _reading(mixin: type[nn.Module], name: str) -> property:
+    """The property that stands in a parameter's place."""
+    if mixin is TiedLayer:
+        return property(lambda self: self.lora_owner.lora_weight(self.lora_owner_weight))
+    if name in BIAS_OF.values():
+        return property(lambda self: self.lora_added_bias(self._parameters[name], self.lora_live()))
+    return property(lambda self: self.lora_weight(name))
+
+
+def adapt(module: nn.Module, name: str, spec: AdapterSpec, seed: int) -> None:
+    """Add an adapter to a module in place; its pair starts as a function of `seed`.
+
+    It is not active yet, and trains as `spec` says. A and B are fp32 (fp64 for an fp64 base) and
+    lie on the weight's device.
+    """
+    if not isinstance(module, LoraLayer):
+        _become(module, spec)
+    assert isinstance(module, LoraLayer)
+    pairs = {weight: _initial_pair(module, weight, spec, seed) for weight in spec.weight_names}
+    downs = {spec.factor_name(weight): pair[0] for weight, pair in pairs.items()}
+    ups = {spec.factor_name(weight): pair[1] for weight, pair in pairs.items()}
+    module.lora_adapters[name] = spec
+    module.lora_scales[name] = 1.0
+    if spec.kind == "embedding":
+        _container(module, "lora_embedding_A", nn.ParameterDict)[name] = nn.Parameter(
+            downs["weight"]
+        )
+        _container(module, "lora_embedding_B", nn.ParameterDict)[name] = nn.Parameter(ups["weight"])
+    else:
+        kept = spec.has_initial
+        first = {key: t.clone() for key, t in downs.items()} if kept else None
+        second = {key: t.clone() for key, t in ups.items()} if kept else None
+        if spec.lora_bias:
+            up = ups["weight"]
+            ups["bias"] = up.new_zeros(up.shape[0])
+        _container(module, "lora_A", nn.ModuleDict)[name] = Factor(downs, first)
+        _container(module, "lora_B", nn.ModuleDict)[name] = Factor(ups, second)
+    if spec.use_dora:
+        magnitude = Factor({"weight": _initial_magnitude(module, name)})
+        _container(module, "lora_magnitude_vector", nn.ModuleDict)[name] = magnitude
+    set_trainable(module, name, spec.trainable)
+
+
+def set_trainable(module: LoraLayer, name: str, trainable: bool) -> None:
+    """Let the parameters of one adapter require gradients, or not; a frozen A stays frozen."""
+    frozen_A = module.lora_adapters[name].freeze_A
+    for key, parameter in module.lora_parameters(name).items():
+        is_A = key.startswith(("lora_A.", "lora_embedding_A."))
+        parameter.requires_grad_(trainable and not (is_A and frozen_A))
+
+
+def drop(module: LoraLayer, name: str) -> None:
+    """Take one adapter away; the last one gives the module back as it was."""
+    if set(module.lora_adapters) == {name}:
+        strip(module)
+        return
+    for container in _CONTAINERS:
+        if name in (held := getattr(module, container, {})):
+            del held[name]
+    del module.lora_adapters[name], module.lora_scales[name]
+    module.lora_active = [active for active in module.lora_active if active != name]
+
+
+def strip(module: nn.Module) -> None:
+    """Give an adapted or tied module its own class back and forget every adapter.
+
+    The raw weights are left as they are: with merged adapters they stay merged.
+    """
+    if not isinstance(module, (LoraLayer, TiedLayer)):
+        return
+    for name in (*_CONTAINERS, *_STATE, *_TIE):
+        module.__dict__.pop(name, None)
+        module._modules.pop(name, None)
+    module.__class__ = module.lora_base_class
+
+
+def tie(module: nn.Module, weight_name: str, owner: LoraLayer, owner_weight: str) -> None:
+    """Let `module`, whose raw weight is also that of `owner`, read the adapted one."""
+    module.__dict__["lora_owner"] = owner  # not a submodule: that would double the owner's keys
+    module.__dict__["lora_owner_weight"] = owner_weight
+    module.__class__ = _subclass(TiedLayer, type(module), (weight_name,))
+
+
+_CONTAINERS = (
+    "lora_A",
+    "lora_B",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
+)
+_STATE = ("lora_adapters", "lora_active", "lora_scales", "lora_merged")
+_TIE = ("lora_owner", "lora_owner_weight")
+
+
+def _become(module: nn.Module, spec: AdapterSpec) -> None:
+    fast = has_own_forward(module)
+    mixin = _FORWARDS[spec.kind] if fast and spec.kind in _FORWARDS else LoraLayer
+    properties: tuple[str, ...] = ()
+    if spec.mechanism == "parametrize":
+        properties = weight_names(module)
+        biases = (BIAS_OF.get(name) for name in properties)
+        properties += tuple(bias for bias in biases if module._parameters.get(bias) is not None)
+    module.__class__ = _subclass(mixin, type(module), properties)
+    module.lora_adapters, module.lora_active = {}, []
+    module.lora_scales, module.lora_merged = {}, ()
+
+
+def _container(module: nn.Module, name: str, kind: Callable[[], Any]) -> Any:
+    if name not in module._modules:
+        setattr(module, name, kind())
+    return module._modules[name]
+
+
+# Starting values
+
+
+def _initial_pair(
+    module: LoraLayer, name: str, spec: AdapterSpec, seed: int
+) -> tuple[Tensor, Tensor]:
+    """A and B of one weight, on its device."""
+    W = module.lora_raw(name)
+    dtype = torch.float64 if W.dtype == torch.float64 else torch.float32
+    seed = initialise.module_seed(seed, name)
+    if spec.has_initial:
+        A, B = _decomposed(W, spec)
+        return A.to(dtype).contiguous(), B.to(dtype).contiguous()
+    shape_A, shape_B = _pair_shapes(W, spec)
+    if spec.kind == "embedding":
+        A, B = torch.zeros(shape_A, dtype=dtype), initialise.normal_B(shape_B, seed, dtype)
+    else:
+        gaussian = spec.init == "gaussian"
+        A = (
+            initialise.gaussian_A(shape_A, spec.r, seed, dtype)
+            if gaussian
+            else initialise.kaiming_A(shape_A, seed, dtype)
+        )
+        B = torch.zeros(shape_B, dtype=dtype)
+    return A.to(W.device), B.to(W.device)
+
+
+def _pair_shapes(W: Tensor, spec: AdapterSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    if spec.kind == "embedding":
+        return (spec.r, W.shape[0]), (W.shape[1], spec.r)
+    if spec.rows is not None:
+        adapted = sum(stop - start for start, stop in spec.rows)
+        return (len(spec.rows) * spec.r, W.shape[1]), (adapted, spec.r)
+    do, inputs = W.shape[0], W.shape[1]
+    if spec.kind == "conv_transpose":
+        do, inputs = W.shape[1] * spec.groups, W.shape[0] // spec.groups
+    kernel = W.shape[2:]
+    point = [1] * len(kernel) if spec.kind in ("conv", "conv_transpose") else []
+    return (spec.groups * spec.r, inputs, *kernel), (do, spec.r, *point)
+
+
+def _decomposed(W: Tensor, spec: AdapterSpec) -> tuple[Tensor, Tensor]:
+    """PiSSA's or OLoRA's pair, for each slice of its own rows."""
+    downs, ups = [], []
+    for start, stop in spec.rows or ((0, W.shape[0]),):
+        part = W[start:stop]
+        A, B = (
+            initialise.pissa(part, spec.r, spec.scale)
+            if spec.init == "pissa"
+            else initialise.olora(part, spec.r)
+        )
+        downs.append(A)
+        ups.append(B)
+    return torch.cat(downs), torch.cat(ups)
+
+
+def _initial_magnitude(module: LoraLayer, name: str) -> Tensor:
+    """DoRA's m at the start: the norms of W, by the very sums that the forward pass will do."""
+    spec = module.lora_adapters[name]
+    W = module.lora_raw(spec.weight_name)
+    A, B = module.lora_factors(name)
+    matrix = lora.as_matrix(W.detach().to(A.dtype), spec.groups, spec.transposed)
+    norm = lora.weight_norm(matrix, A, B, spec.scale, spec.groups)
+    if spec.kind in ("conv", "conv_transpose"):
+        return norm.view(1, -1, *[1] * (W.dim() - 2))
+    return norm

@@ -1,0 +1,410 @@
+"""Merging: the adapters' effect as part of the base's weights.
+
+Each merged weight is `round(W + sum of c dW)`: the sum in fp32 (or fp64), rounded once to the
+weight's own dtype. Everything is computed and checked before the first weight changes, and undoing
+restores a kept copy instead of subtracting. A weight that no adapter changes keeps its bits.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from lora_core.errors import CheckpointError, ConfigError, NumericError, listing, near
+from lora_core.inject import full_tensors, lora_layers
+from lora_core.layers import BIAS_OF, LoraLayer
+from lora_core.mechanisms import TiedLayer
+from lora_core.module_names import clean, join, unwrapped
+
+NOISE_LIMIT = 0.1  # share of the adapters' effect that rounding may take without a warning
+# How much of a probe's largest output merging may change: some roundings of the weights' dtype.
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+# What the merged weights were: module -> parameter name -> copy on the CPU, or with `untie` the
+# shared parameter itself.
+_KEPT: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge cost in accuracy.
+
+    Attributes:
+        noise: state-dict key -> `|round(W + d) - (W + d)| / |d|` in the Frobenius norm: the share
+            of the adapters' effect d that rounding to the weight's dtype replaced by noise.
+        output_error: largest change of the probe's output as a share of its largest value; None
+            without a probe.
+    """
+
+    noise: dict[str, float]
+    output_error: float | None = None
+
+    def __str__(self) -> str:
+        key = max(self.noise, key=self.noise.__getitem__)
+        text = f"merged {len(self.noise)} weights, rounding noise {self.noise[key]:.1e} at {key}"
+        if self.output_error is None:
+            return text
+        return f"{text}, largest output error {self.output_error:.1e}"
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """One layer's merged tensors by parameter name, in their final dtype, and their noise."""
+
+    tensors: dict[str, Tensor]
+    noise: dict[str, float]
+
+
+def merge(
+    model: nn.Module,
+    probe: Callable[[nn.Module], Tensor] | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    keep: bool = True,
+    untie: bool = False,
+) -> MergeReport:
+    """Put the active adapters into the base's weights, in place; `forward` then adds nothing.
+
+    Args:
+        probe: computes an output of the model; called before and after in evaluation mode, to
+            measure and bound what merging changed.
+        dtype: of the sum before it is rounded: fp32 or fp64.
+        keep: hold a copy of the old weights in main memory for `unmerge`.
+        untie: give a weight that is shared with unadapted layers a storage of its own first.
+
+    Raises:
+        ConfigError: nothing to merge, merged already, sharded, or tied weights without `untie`.
+        NumericError: a value that is not finite or does not fit the dtype, or a probe that
+            changed too much. The model is as it was.
+    """
+    model = unwrapped(model)
+    layers = _mergeable(model)
+    if not untie:
+        _refuse_ties(model, layers)
+    before = None if probe is None else _output(model, probe)
+    plan = {path: _merged(path, layer, layer.lora_active, dtype) for path, layer in layers.items()}
+    for path, merged in plan.items():
+        _apply(layers[path], merged.tensors, untie)
+    noise = {join(path, key): v for path, merged in plan.items() for key, v in merged.noise.items()}
+    report = MergeReport(noise)
+    if probe is not None and before is not None:
+        report = MergeReport(noise, _difference(before, _output(model, probe)))
+        dtypes = {tensor.dtype for merged in plan.values() for tensor in merged.tensors.values()}
+        bound = max(TOLERANCE.get(dtype, 0.1) for dtype in dtypes)
+        if not (report.output_error or 0.0) <= bound:
+            unmerge(model)
+            raise NumericError(
+                f"merging changed the probe's output by {report.output_error:.1e} of its largest "
+                f"value, allowed {bound:.0e}; nothing was merged. Merge into an fp32 base"
+            )
+    if not keep:
+        for layer in layers.values():
+            _KEPT.pop(layer, None)
+    _warn(noise)
+    return report
+
+
+def unmerge(model: nn.Module) -> None:
+    """Give every merged weight its old bits back.
+
+    Raises:
+        ConfigError: nothing is merged, or it was merged with `keep=False`.
+    """
+    layers = [layer for layer in lora_layers(model).values() if layer.lora_merged]
+    if not layers:
+        raise ConfigError("nothing is merged: call merge(model) first")
+    if any(layer not in _KEPT for layer in layers):
+        raise ConfigError("merged without a copy of the old weights: load the base again instead")
+    for layer in layers:
+        for name, kept in _KEPT.pop(layer).items():
+            if isinstance(kept, nn.Parameter):
+                layer._parameters[name] = kept  # tied again
+            else:
+                _write(layer.lora_raw(name), kept)
+        layer.lora_merged = ()
+
+
+def merged_state_dict(
+    model: nn.Module,
+    base: Mapping[str, Tensor] | None = None,
+    rename: Callable[[str], str] | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    untie: bool = False,
+) -> dict[str, Tensor]:
+    """The model with its active adapters merged, as a new state dict with the base's keys.
+
+    The live model stays as it is, and tensors that nothing changed are the same objects as before.
+
+    Args:
+        base: the tensors of the original checkpoint file. The result then has its keys, order and
+            dtypes, and the adapters are merged into its values, which are often more exact than
+            the model's own, rounded ones.
+        rename: state-dict key of the model -> key in `base`.
+        dtype: as for `merge`.
+        untie: accept that a weight which unadapted layers share becomes another one under its key.
+
+    Raises:
+        CheckpointError: a changed tensor is not in `base`, or has another shape there.
+        ConfigError, NumericError: as for `merge`.
+    """
+    model = unwrapped(model)
+    layers = lora_layers(model)
+    if not untie:
+        _refuse_ties(model, layers)
+    own = _own_state(model, layers)
+    names = {key: rename(key) if rename and base is not None else key for key in own}
+    result = dict(own if base is None else base)
+    changed: dict[str, Tensor] = {}
+    if base is not None:  # its values are not the trained ones; the model's own state has them
+        changed = {clean(key): own[clean(key)] for key in _trained_in_full(model)}
+    noise: dict[str, float] = {}
+    for path, layer in layers.items():
+        adapters = layer.lora_merged or tuple(layer.lora_active)
+        if not adapters or (base is None and layer.lora_merged):
+            continue
+        keys = {name: join(clean(path), name) for name in _changed_names(layer, adapters)}
+        into = None
+        if base is not None:
+            into = {name: _of_base(base, names[key], own[key]) for name, key in keys.items()}
+        merged = _merged(path, layer, adapters, dtype, into)
+        noise |= {keys[name]: value for name, value in merged.noise.items()}
+        for name, tensor in merged.tensors.items():
+            changed |= dict.fromkeys([keys[name], *_readers(model, layer, name)], tensor)
+    for key, tensor in changed.items():
+        if base is not None:
+            like = _of_base(base, names[key], tensor)
+            tensor = tensor.to(like.device, like.dtype)
+        result[names[key]] = tensor
+    _warn(noise)
+    return result
+
+
+def deltas(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """State-dict key -> what the active adapters together add to an unmerged model's weight.
+
+    Biases are among them where B has one, modules that were trained in full are not.
+    """
+    found: dict[str, Tensor] = {}
+    for path, layer in lora_layers(model).items():
+        for name, merged in layer.lora_merged_weights(dtype=torch.float64).items():
+            change = merged - layer.lora_raw(name).detach().to(merged)
+            found[join(clean(path), name)] = change.to(dtype)
+    return found
+
+
+# Checks
+
+
+def _mergeable(model: nn.Module) -> dict[str, LoraLayer]:
+    layers = lora_layers(model)
+    if any(layer.lora_merged for layer in layers.values()):
+        raise ConfigError("the adapters are merged already: call unmerge(model) first")
+    active = {path: layer for path, layer in layers.items() if layer.lora_active}
+    if not active:
+        raise ConfigError(
+            "nothing to merge: the model has no adapter"
+            if not layers
+            else "nothing to merge: no adapter is active, call set_adapters(model, ...) first"
+        )
+    for layer in active.values():
+        if any(hasattr(parameter, "full_tensor") for parameter in layer.parameters()):
+            raise ConfigError(
+                "the weights are sharded: save the adapter, load it in one process, merge there"
+            )
+    return active
+
+
+def _refuse_ties(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
+    """Refuse to change a weight whose memory belongs to another parameter as well.
+
+    Layers that share an adapted weight and read it with its adapter (`TiedLayer`) are no problem.
+    """
+    spans: dict[int, list[tuple[int, int, str, nn.Module]]] = {}
+    for path, module in model.named_modules():
+        for name, tensor in module._parameters.items():
+            if tensor is None or tensor.is_meta or hasattr(tensor, "full_tensor"):
+                continue
+            start = tensor.data_ptr()
+            stop = start + tensor.numel() * tensor.element_size()
+            storage = tensor.untyped_storage().data_ptr()
+            spans.setdefault(storage, []).append((start, stop, join(path, name), module))
+    problems = []
+    for shared in spans.values():
+        for start, stop, key, module in shared:
+            if not isinstance(module, LoraLayer) or not _is_changed(module, key):
+                continue
+            problems += [
+                f"{key} and {other}"
+                for a, b, other, holder in shared
+                if holder is not module and a < stop and start < b
+                if not (isinstance(holder, TiedLayer) and holder.lora_owner is module)
+            ]
+    if problems:
+        raise ConfigError(
+            "merging would change weights that are shared:\n"
+            f"{listing(problems)}\nPass untie=True to give the merged ones memory of their own"
+        )
+
+
+def _is_changed(layer: LoraLayer, key: str) -> bool:
+    return key.rpartition(".")[2] in _changed_names(layer, layer.lora_active)
+
+
+def _changed_names(layer: LoraLayer, adapters: Iterable[str]) -> list[str]:
+    """The parameters that these adapters change."""
+    names: list[str] = []
+    for adapter in adapters:
+        spec = layer.lora_adapters[adapter]
+        names += spec.weight_names
+        names += [BIAS_OF[spec.weight_name]] if spec.lora_bias else []
+    return list(dict.fromkeys(names))
+
+
+def _warn(noise: Mapping[str, float]) -> None:
+    loud = {key: value for key, value in noise.items() if value > NOISE_LIMIT}
+    if loud:
+        key = max(loud, key=loud.__getitem__)
+        warnings.warn(
+            f"rounding took a large part of the adapters' effect in {len(loud)} of {len(noise)} "
+            f"merged weights ({loud[key]:.0%} at {key}): merge into an fp32 base to keep it",
+            stacklevel=3,
+        )
+
+
+# Computing
+
+
+def _merged(
+    path: str,
+    layer: LoraLayer,
+    adapters: Iterable[str],
+    dtype: torch.dtype,
+    base: Mapping[str, Tensor] | None = None,
+) -> _Merged:
+    """`round(W + sum of c dW)` of one layer, checked; W from `base` or the layer itself."""
+    exact = layer.lora_merged_weights(list(adapters), dtype, base)
+    result = _Merged({}, {})
+    for name, value in exact.items():
+        W = (layer.lora_raw(name) if base is None else base[name]).detach()
+        before = W.to(value.device, dtype)
+        rounded = value.to(W.dtype)
+        _check_finite(join(path, name), before, value, rounded)
+        effect = (value - before).double().norm().item()
+        error = (rounded.to(dtype) - value).double().norm().item()
+        # An unchanged weight keeps its very bits: -0 + 0 would give +0.
+        result.tensors[name] = torch.where(value == before, W.to(value.device), rounded)
+        result.noise[name] = error / effect if effect else 0.0
+    return result
+
+
+def _check_finite(key: str, before: Tensor, exact: Tensor, rounded: Tensor) -> None:
+    if rounded.isfinite().all():
+        return
+    if not before.isfinite().all():
+        raise NumericError(f"{key}: the base's weight holds NaN or infinite values already")
+    if not exact.isfinite().all():
+        raise NumericError(
+            f"{key}: the adapter holds NaN or infinite values; nothing was merged. Use an earlier "
+            "checkpoint of the training"
+        )
+    raise NumericError(
+        f"{key}: merged values up to {exact.abs().max():.3g} do not fit {rounded.dtype}; nothing "
+        "was merged. Merge into an fp32 or bf16 base"
+    )
+
+
+@torch.no_grad()
+def _apply(layer: LoraLayer, tensors: Mapping[str, Tensor], untie: bool) -> None:
+    kept: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        raw = layer.lora_raw(name)
+        if untie:
+            kept[name] = raw
+            layer._parameters[name] = nn.Parameter(tensor.to(raw.device), raw.requires_grad)
+        else:
+            kept[name] = raw.detach().to("cpu", copy=True)
+            _write(raw, tensor)
+    _KEPT[layer] = kept
+    layer.lora_merged = tuple(layer.lora_active)
+
+
+@torch.no_grad()
+def _write(parameter: Tensor, value: Tensor) -> None:
+    parameter.copy_(value)
+
+
+@torch.no_grad()
+def _output(model: nn.Module, probe: Callable[[nn.Module], Tensor]) -> Tensor:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        return probe(model).detach().double().clone()
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _difference(before: Tensor, after: Tensor) -> float:
+    return ((after - before).abs().max() / before.abs().max().clamp_min(1e-30)).item()
+
+
+# State dicts
+
+
+def _own_state(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, Tensor]:
+    """The model's state dict without adapters and without the names of wrappers inside it."""
+    return {
+        clean(key): tensor
+        for key, tensor in model.state_dict().items()
+        if not any(key.startswith(f"{join(path, 'lora_')}") for path in _ancestors(key, layers))
+    }
+
+
+def _ancestors(key: str, layers: Mapping[str, LoraLayer]) -> list[str]:
+    """The adapted layers that a key lies in."""
+    parts = key.split(".")
+    paths = [".".join(parts[:i]) for i in range(len(parts))]
+    return [path for path in paths if path in layers]
+
+
+def _trained_in_full(model: nn.Module) -> set[str]:
+    """Keys of what the adapters on the model trained besides their factors."""
+    names = getattr(model, "_lora_configs", {})
+    return {key for name in names for key in full_tensors(model, name)}
+
+
+def _readers(model: nn.Module, layer: LoraLayer, name: str) -> list[str]:
+    """State-dict keys of the layers that share a weight with an adapted one."""
+    raw = layer.lora_raw(name)
+    return [
+        join(clean(path), key)
+        for path, module in model.named_modules()
+        if isinstance(module, TiedLayer) and module.lora_owner is layer
+        for key, parameter in module._parameters.items()
+        if parameter is raw
+    ]
+
+
+def _of_base(base: Mapping[str, Tensor], key: str, own: Tensor) -> Tensor:
+    """The base file's tensor for one of the model's."""
+    if key not in base:
+        hint = near(key, base)
+        raise CheckpointError(f"the base checkpoint has no {key}{hint and '; ' + hint}")
+    found = base[key]
+    if found.shape != own.shape:
+        raise CheckpointError(
+            f"{key} has shape {tuple(found.shape)} in the base checkpoint, "
+            f"{tuple(own.shape)} in the model: this is another base"
+        )
+    if not found.is_floating_point():
+        raise CheckpointError(
+            f"{key} is quantised ({found.dtype}) in the base checkpoint: merge into a "
+            "full-precision one"
+        )
+    return found

@@ -1,0 +1,333 @@
+"""For the tests of every package: recorded numbers, the promises of LoRA, the commands of a README.
+
+Plain functions that raise AssertionError. In a package's tests the whole contract is
+
+    @pytest.mark.parametrize("promise", testing.CONTRACT, ids=lambda promise: promise.__name__)
+    def test_contract(promise, tmp_path):
+        promise(testing.Case(make_model, run, config), tmp_path)
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from lora_core.adapter_file import load_adapter, save_adapter
+from lora_core.config import LoraConfig
+from lora_core.errors import UserError
+from lora_core.inject import adapters_off, inject, lora_layers, remove, trainable_parameters
+from lora_core.merge import merge, merged_state_dict, unmerge
+
+# -- recorded numbers --------------------------------------------------------------------------
+
+
+@dataclass
+class Golden:
+    """One recorded case: its settings, inputs and outputs, the base model's tensors, its folder."""
+
+    folder: Path
+    config: dict[str, Any]
+    io: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+def load_golden(folder: str | Path) -> Golden:
+    """Read `config.json`, `io.safetensors` and, where there is one, `weights.safetensors`."""
+    folder = Path(folder)
+    weights = folder / "weights.safetensors"
+    return Golden(
+        folder,
+        json.loads((folder / "config.json").read_text("utf-8")),
+        safetensors.torch.load_file(folder / "io.safetensors"),
+        safetensors.torch.load_file(weights) if weights.exists() else {},
+    )
+
+
+def assert_close_golden(
+    actual: Tensor, expected: Tensor, rtol: float = 1e-5, atol: float = 2e-6
+) -> None:
+    """Require `|actual - expected| <= rtol |expected| + atol max |expected|` everywhere."""
+    assert actual.shape == expected.shape, f"shape {actual.shape}, recorded {expected.shape}"
+    a, e = actual.detach().double(), expected.double()
+    error = (a - e).abs() - rtol * e.abs()
+    bound = atol * e.abs().max()
+    assert (error <= bound).all(), f"off by {(a - e).abs().max():.2e} of {e.abs().max():.2e}"
+
+
+def assert_gradient_close(actual: Tensor | None, expected: Tensor, rtol: float = 2e-5) -> None:
+    """Require `|actual - expected| <= rtol |expected|` in the Euclidean norm."""
+    assert actual is not None, "no gradient arrived"
+    assert actual.shape == expected.shape, f"shape {actual.shape}, recorded {expected.shape}"
+    error = (actual.double() - expected.double()).norm() / expected.double().norm()
+    assert error <= rtol, f"relative error {error:.2e}, allowed {rtol:.0e}"
+
+
+# -- the contract of a package -----------------------------------------------------------------
+
+
+@dataclass
+class Case:
+    """A model under test.
+
+    Attributes:
+        make_model: builds the base, with the same weights at every call.
+        run: the model's output as one tensor, computed from a fixed input, differentiable.
+        config: where LoRA goes.
+        roles: the package's names for groups of layers, as `inject` takes them.
+        rename: module path -> path in single files, as `save_adapter` takes it.
+        tolerance: allowed error of computations that are equal but for rounding, as a share of the
+            largest output.
+    """
+
+    make_model: Callable[[], nn.Module]
+    run: Callable[[nn.Module], Tensor]
+    config: LoraConfig
+    roles: Mapping[str, Sequence[str]] | None = None
+    rename: Callable[[str], str] | None = None
+    tolerance: float = 1e-5
+
+    def adapted(self, trained: bool = True) -> nn.Module:
+        """A model with an adapter, in evaluation mode; trained: with random values."""
+        model = self.make_model().eval()
+        inject(model, self.config, roles=self.roles)
+        if trained:
+            disturb(model)
+        return model
+
+    @torch.no_grad()
+    def out(self, model: nn.Module) -> Tensor:
+        """The output in evaluation mode."""
+        return self.run(model.eval()).detach().clone()
+
+    def assert_close(self, actual: Tensor, expected: Tensor) -> None:
+        """Require equality up to `tolerance`."""
+        assert_close_golden(actual, expected, rtol=0, atol=self.tolerance)
+
+
+def disturb(model: nn.Module, size: float = 0.03, seed: int = 0) -> None:
+    """Add the same Gaussian noise to all trainable parameters, as a training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in trainable_parameters(model):
+            noise = torch.randn(parameter.shape, generator=generator) * size
+            parameter.add_(noise.to(parameter))
+
+
+def injection_changes_no_bit(case: Case, _: Path) -> None:
+    """A fresh adapter leaves the output, the base's keys and its values as they were."""
+    base, model = case.make_model(), case.adapted(trained=False)
+    state = model.state_dict()
+    for key, value in base.state_dict().items():
+        assert torch.equal(state[key], value), f"{key} changed"
+    assert torch.equal(case.out(model), case.out(base)), "the output changed"
+
+
+def only_adapters_train(case: Case, _: Path) -> None:
+    """Two optimizer steps change every trainable tensor and nothing else of the model.
+
+    Factors that start at zero move in the first step, their partners in the second.
+    """
+    model = case.adapted(trained=False).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    trainable = dict(_trainable(model))
+    at_zero = {name for name, p in trainable.items() if not p.any()}
+    optimizer = torch.optim.AdamW(trainable.values(), lr=1e-3, weight_decay=0)
+    for expected in (at_zero, set(trainable)):
+        optimizer.zero_grad()
+        y = case.run(model)
+        direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+        (y * direction).sum().backward()
+        optimizer.step()
+        still = {name for name in expected if torch.equal(trainable[name], before[name])}
+        assert not still, f"{len(still)} of {len(expected)} did not move: {sorted(still)[:5]}"
+    for key, value in model.state_dict().items():
+        assert key in trainable or torch.equal(value, before[key]), f"frozen {key} changed"
+
+
+def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def files_restore_the_adapter(case: Case, folder: Path) -> None:
+    """Saved, loaded into a new base, saved again: the same outputs, the same bytes, trainable."""
+    model = case.adapted()
+    expected = case.out(model)
+    for name in ("adapter", "adapter.pt"):
+        rename = case.rename if name.endswith(".pt") else None
+        first = save_adapter(model, folder / "first" / name, metadata={"step": 3}, rename=rename)
+        loaded = case.make_model()
+        load_adapter(loaded, first, rename=rename)
+        assert torch.equal(case.out(loaded), expected), f"{name}: other outputs after loading"
+        names = [sorted(n for n, _ in _trainable(m)) for m in (model, loaded)]
+        assert names[0] == names[1], f"{name}: other parameters train after loading"
+        again = save_adapter(loaded, folder / "again" / name, metadata={"step": 3}, rename=rename)
+        assert _bytes(again) == _bytes(first), f"{name}: other bytes when saved again"
+
+
+def _bytes(path: Path) -> dict[str, bytes]:
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return {file.name: file.read_bytes() for file in files}
+
+
+def peft_computes_the_same(case: Case, folder: Path) -> None:
+    """PEFT on the base with our adapter directory gives the outputs of our adapted model."""
+    import peft
+
+    model = case.adapted()
+    path = save_adapter(model, folder / "adapter")
+    theirs = peft.PeftModel.from_pretrained(case.make_model().eval(), str(path))
+    case.assert_close(case.out(theirs), case.out(model))
+
+
+def merging_keeps_the_output(case: Case, _: Path) -> None:
+    """Merged in place and as a new state dict: the adapter's output with the base's keys."""
+    model, plain = case.adapted(), case.make_model().eval()
+    expected = case.out(model)
+    plain.load_state_dict(merged_state_dict(model))
+    case.assert_close(case.out(plain), expected)
+    merge(model)
+    case.assert_close(case.out(model), expected)
+
+
+def unmerging_restores_every_bit(case: Case, _: Path) -> None:
+    """After merge and unmerge the model is what it was."""
+    model = case.adapted()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    expected = case.out(model)
+    merge(model)
+    unmerge(model)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), f"{key} is not what it was"
+    assert torch.equal(case.out(model), expected)
+
+
+def adapters_off_is_the_base(case: Case, _: Path) -> None:
+    """With all adapters off the output is the base's, bit for bit."""
+    model = case.adapted()
+    with adapters_off(model):
+        assert torch.equal(case.out(model), case.out(case.make_model()))
+
+
+def removal_restores_the_model(case: Case, _: Path) -> None:
+    """Without its adapters the model has the base's modules, classes, keys and bits again."""
+    model = case.make_model()
+    modules = [(name, id(module), type(module)) for name, module in model.named_modules()]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    inject(model, case.config, roles=case.roles)
+    disturb(model)
+    remove(model)
+    assert [(n, id(m), type(m)) for n, m in model.named_modules()] == modules
+    assert not lora_layers(model)
+    after = model.state_dict()
+    assert list(after) == list(before), "other state-dict keys"
+    for key, value in before.items():
+        assert torch.equal(after[key], value), f"{key} is not what it was"
+
+
+CONTRACT: tuple[Callable[[Case, Path], None], ...] = (
+    injection_changes_no_bit,
+    only_adapters_train,
+    files_restore_the_adapter,
+    peft_computes_the_same,
+    merging_keeps_the_output,
+    unmerging_restores_every_bit,
+    adapters_off_is_the_base,
+    removal_restores_the_model,
+)
+
+# -- the commands of a README ------------------------------------------------------------------
+
+LAUNCHERS = frozenset({"python", "python3", "torchrun", "accelerate"})
+_BLOCK = re.compile(r"^ *```(?:bash|sh|shell|console)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+
+
+@dataclass
+class Command:
+    """One command of a README: the program and the words behind it."""
+
+    program: str
+    argv: list[str] = field(default_factory=list)
+
+
+def readme_commands(readme: str | Path, programs: Sequence[str]) -> list[Command]:
+    """Every use of these programs in the README's bash blocks.
+
+    Args:
+        programs: console names (`sam2-lora`), scripts (`train_lora.py`), modules (`sam2_lora`,
+            as `python -m` takes it). Launchers and `NAME=value` before them are skipped.
+    """
+    found = []
+    for block in _BLOCK.findall(Path(readme).read_text("utf-8")):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line.strip().removeprefix("$ "), comments=True)
+            for part in _split(words):
+                command = _command(part, programs)
+                if command:
+                    found.append(command)
+    return found
+
+
+def _split(words: list[str]) -> Iterator[list[str]]:
+    """Cut a line at the shell's separators."""
+    part: list[str] = []
+    for word in words:
+        if word in {"&&", "||", "|", "&", ";"}:
+            yield part
+            part = []
+        elif word.endswith(";"):
+            yield [*part, word[:-1]]
+            part = []
+        else:
+            part.append(word)
+    yield part
+
+
+def _command(words: list[str], programs: Sequence[str]) -> Command | None:
+    while words and re.fullmatch(r"\w+=.*", words[0]):
+        words = words[1:]
+    if not words:
+        return None
+    if words[0] in programs:
+        return Command(words[0], words[1:])
+    if Path(words[0]).name not in LAUNCHERS:
+        return None
+    for i, word in enumerate(words[1:], 1):
+        script = Path(word).name if word.endswith(".py") else word if words[i - 1] == "-m" else ""
+        if script in programs:
+            return Command(script, words[i + 1 :])
+    return None
+
+
+def check_commands(
+    readme: str | Path, parsers: Mapping[str, Callable[[list[str]], object]]
+) -> list[Command]:
+    """Parse each command of the README with the program's real parser; give what was checked.
+
+    Args:
+        parsers: program -> a function that parses its argv and raises for a bad one.
+
+    Raises:
+        AssertionError: naming every command that is refused, or that no program is ever used.
+    """
+    commands = readme_commands(readme, list(parsers))
+    assert commands, f"{readme} uses none of {sorted(parsers)} in a bash block"
+    refused = []
+    for command in commands:
+        try:
+            parsers[command.program](command.argv)
+        except UserError as error:
+            refused.append(f"{command.program} {shlex.join(command.argv)}: {error}")
+        except SystemExit as stop:  # argparse's way to end `--help`, or to refuse
+            if stop.code:
+                refused.append(f"{command.program} {shlex.join(command.argv)}: exit {stop.code}")
+    assert not refused, "\n".join([f"{readme}:", *refused])
+    return commands

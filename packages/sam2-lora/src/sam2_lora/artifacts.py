@@ -1,0 +1,194 @@
+"""The folder of a run: its files have the names that the guide promises.
+
+models/severstal_lora/sam2_large_lora_r8_a16_lr1e-3_20261121_0915/
+    best_lora_step500_iou0.7312_dice0.8201.torch     the adapter alone, official module names
+    best_merged_step500_iou0.7312_dice0.8201.torch   an official checkpoint
+    latest_lora_step1500.torch, final_lora_step10000.torch, training_summary.json
+    adapter/            the best adapter as PEFT reads it
+    config.yaml         all settings, accepted by --config
+    state/              what a resumed run needs
+    tensorboard/
+logs/training_metrics_lora_20261121_0915.csv
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_core.errors import CheckpointError, ConfigError
+from sam2_lora.config import Config
+
+if TYPE_CHECKING:
+    from transformers import Sam2Model
+
+_NAME = re.compile(r"sam2_\w+_lora_r\d+_a[\d.e+-]+_lr[^_]+_(?P<stamp>\d{8}_\d{4}(?:_\d+)?)")
+_BEST = re.compile(
+    r"best_(?P<kind>lora|merged)_step(?P<step>\d+)_iou(?P<iou>[\d.]+|nan)_dice([\d.]+|nan)\.torch"
+)
+_LATEST = re.compile(r"latest_lora_step(?P<step>\d+)\.torch")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run lives; its stamp `20261121_0915` is also in the name of its CSV."""
+
+    folder: Path
+    stamp: str
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "config.yaml"
+
+    @property
+    def state(self) -> Path:
+        return self.folder / "state"
+
+    def csv(self, cfg: Config) -> Path:
+        return Path(cfg.logs_dir) / f"training_metrics_lora_{self.stamp}.csv"
+
+
+def new_run(cfg: Config, size: str) -> Run:
+    """Make the folder of a new run: settings and time in its name, never one that exists.
+
+    Raises:
+        ConfigError: the folder cannot be made.
+    """
+    start = f"sam2_{size}_lora_r{cfg.lora_rank}_a{cfg.lora_alpha:g}_lr{plain(cfg.learning_rate)}"
+    now = datetime.now().strftime("%Y%m%d_%H%M")
+    for attempt in count(1):
+        stamp = now if attempt == 1 else f"{now}_{attempt}"  # two runs within one minute
+        run = Run(Path(cfg.output_dir) / f"{start}_{stamp}", stamp)
+        try:
+            run.folder.mkdir(parents=True)
+        except FileExistsError as error:
+            if not run.folder.is_dir():
+                raise ConfigError(f"--output_dir: {error.filename} is a file") from error
+            continue
+        except OSError as error:
+            raise ConfigError(f"--output_dir {run.folder.absolute()}: {error.strerror}") from error
+        return run
+    raise AssertionError("unreachable")
+
+
+def find_run(resume: str) -> Run:
+    """The run that `--resume` names: its folder, or one of its `latest_lora_step` files.
+
+    Raises:
+        CheckpointError: no such run, or an adapter without the state that continuing needs.
+    """
+    path = Path(resume)
+    folder = path if path.is_dir() else path.parent
+    name = _NAME.fullmatch(folder.resolve().name)
+    if not path.exists() or name is None or not (folder / "config.yaml").is_file():
+        hint = f" To start from its weights alone: --adapter {resume}" if path.is_file() else ""
+        raise CheckpointError(f"--resume {path.absolute()}: no run of sam2-lora train.{hint}")
+    return Run(folder, name["stamp"])
+
+
+def plain(value: float) -> str:
+    """Write a learning rate as people do: 1e-3, 2.5e-4."""
+    mantissa, exponent = f"{value:e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+class Artifacts:
+    """Writes the results of a run: adapters and merged models, the best few of them kept."""
+
+    def __init__(self, run: Run, model: Sam2Model, cfg: Config) -> None:
+        self.run, self.model, self.cfg = run, model, cfg
+
+    def best(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Save the adapter and the verified merged model of a new best step."""
+        from sam2_lora.export import export
+        from sam2_lora.model import save_adapter
+
+        name = f"step{step}_iou{metrics['iou']:.4f}_dice{metrics['dice']:.4f}.torch"
+        facts = self._facts(step, metrics)
+        save_adapter(self.model, self.run.folder / f"best_lora_{name}", facts)
+        export(self.model, self.run.folder / f"best_merged_{name}", overwrite=True)
+        save_adapter(self.model, self.run.folder / "adapter", facts)
+        self._forget_worse()
+
+    def latest(self, step: int) -> None:
+        """Save the adapter as it is now, in place of the one before."""
+        from sam2_lora.model import save_adapter
+
+        newest = self.run.folder / f"latest_lora_step{step}.torch"
+        save_adapter(self.model, newest, self._facts(step))
+        for path, _ in self._matching(_LATEST):
+            if path != newest:
+                path.unlink()
+
+    def final(self, step: int, has_best: bool) -> None:
+        """Save the adapter of the last step; without validation it stands for the best, too."""
+        from sam2_lora.export import export
+        from sam2_lora.model import save_adapter
+
+        save_adapter(
+            self.model, self.run.folder / f"final_lora_step{step}.torch", self._facts(step)
+        )
+        if not has_best:
+            export(self.model, self.run.folder / f"final_merged_step{step}.torch", overwrite=True)
+            save_adapter(self.model, self.run.folder / "adapter", self._facts(step))
+
+    def summary(self, **values: Any) -> None:
+        """Write `training_summary.json`: the guide's fields, and what is given here."""
+        cfg = self.cfg
+        content = {
+            "model_size": self.model.sam2_base.variant,
+            "tuning_method": "lora",
+            "dataset_size": cfg.dataset_size,
+            "lora_rank": cfg.lora_rank,
+            "lora_alpha": cfg.lora_alpha,
+            "lora_dropout": cfg.lora_dropout,
+            "learning_rate": cfg.learning_rate,
+            "weight_decay": cfg.weight_decay,
+            "total_steps": cfg.steps,
+            "early_stopping_patience": cfg.patience,
+            "timestamp": self.run.stamp,
+            "checkpoint_dir": str(self.run.folder),
+            "note": "IoU is the mean over objects from one click, at original resolution.",
+            **values,
+        }
+        from lora_core.tensor_file import atomic_write
+
+        with atomic_write(self.run.folder / "training_summary.json") as file:
+            file.write(json.dumps(content, indent=2).encode())
+
+    def _facts(self, step: int, metrics: Mapping[str, float] | None = None) -> dict[str, Any]:
+        """What an adapter file says about its making; `state` leads back to the whole state."""
+        facts = {
+            "step": step,
+            "state": f"state/checkpoint-{step}",
+            "targets": self.cfg.targets,
+            "learning_rate": self.cfg.learning_rate,
+            "weight_decay": self.cfg.weight_decay,
+            "seed": self.cfg.seed,
+        }
+        if metrics is not None:
+            facts |= {"iou": metrics["iou"], "dice": metrics["dice"]}
+        return facts
+
+    def _forget_worse(self) -> None:
+        """Keep the `keep_best` pairs with the highest IoU; of equals the earlier ones."""
+        ranks = {
+            int(name["step"]): (float(name["iou"]), -int(name["step"]))
+            for _, name in self._matching(_BEST)
+        }
+        kept = sorted(ranks, key=ranks.__getitem__, reverse=True)[: self.cfg.keep_best]
+        for path, name in self._matching(_BEST):
+            if int(name["step"]) not in kept:
+                path.unlink()
+                path.with_suffix(".json").unlink(missing_ok=True)  # config of a custom size
+
+    def _matching(self, pattern: re.Pattern[str]) -> Iterator[tuple[Path, re.Match[str]]]:
+        for path in sorted(self.run.folder.iterdir()):
+            if match := pattern.fullmatch(path.name):
+                yield path, match

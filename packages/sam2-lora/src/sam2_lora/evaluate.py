@@ -1,0 +1,368 @@
+"""`sam2-lora evaluate`: IoU and Dice of a base model, and of an adapter on it.
+
+Prints a table with the base beside the adapter, appends one row per model to `evaluation.csv`,
+writes all figures to `<exp_id>.json`, and overlays of some pictures.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lora_core.config import option, parse
+from lora_core.errors import ConfigError, DataError
+from sam2_lora.config import Config, parse_size
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from sam2_lora.data import EvalRecord, EvalSet
+    from sam2_lora.predictor import Predictor
+
+COLUMNS = (
+    "exp_id", "model", "subset_size", "variant", "prompt_type", "img_size", "batch_size", "steps",
+    "lr", "wd", "seed", "val_mIoU", "val_Dice", "test_mIoU", "test_Dice", "IoU@50", "IoU@75",
+    "IoU@90", "IoU@95", "Precision", "Recall", "F1", "AUPRC", "avg_inference_time", "ckpt_path",
+    "timestamp",
+)  # fmt: skip
+TABLE = {
+    "iou": "IoU 1 click", "dice": "Dice", "box_iou": "IoU box", "click3_iou": "+3 clicks",
+    "click5_iou": "+5 clicks", "iou_ge_50": ">=0.50", "iou_ge_75": ">=0.75", "iou_ge_90": ">=0.90",
+    "iou_ge_95": ">=0.95", "precision": "precision", "recall": "recall",
+}  # fmt: skip
+TIMED_PICTURES = 20
+
+
+@dataclass
+class Options:
+    """Settings of `sam2-lora evaluate`."""
+
+    checkpoint: str = option(
+        "sam2_hiera_large.pt", "Base model, or a merged model (then without --adapter).", "model"
+    )
+    adapter: str | None = option(None, "Adapter directory or .torch file.", "model")
+    data_root: str = option(
+        "datasets/Data/splits", "As in training: the folder of the splits.", "data"
+    )
+    split: Literal["test", "val"] = option("test", "Which pictures to score.", "data")
+    max_images: int = option(0, "Score a fixed subset of this many pictures; 0 is all.", "data")
+    data_format: Literal["auto", "severstal", "kaggle", "folders", "coco"] = option(
+        "auto", "As in training.", "data"
+    )
+    mask_kind: Literal["auto", "binary", "instances", "labels"] = option(
+        "auto", "As in training.", "data"
+    )
+    objects: Literal["auto", "components", "annotations", "union"] = option(
+        "auto", "As in training.", "data"
+    )
+    min_object_area: int = option(16, "Objects with fewer pixels are left out and counted.", "data")
+    val_fraction: float = option(
+        0.1, "As in training, for data without a validation split.", "data"
+    )
+    seed: int = option(42, "As in training, for data without a validation split.", "data")
+    image_size: str | None = option(
+        None,
+        "Model input such as 1024 or 256x1600; default: the adapter's or checkpoint's own.",
+        "model",
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto", "Mixed precision; auto is fp32 on the CPU, bf16 or fp16 on a GPU.", "model"
+    )
+    device: Literal["auto", "cuda", "cpu"] = option("auto", "Where to compute.", "model")
+    compare_base: bool = option(True, "With --adapter: score the base model too.", "output")
+    examples: int = option(8, "Overlays of so many pictures: base, LoRA, truth.", "output")
+    exp_id: str | None = option(
+        None, "Name of this evaluation; default: the adapter's or model's.", "output"
+    )
+    output_dir: str = option(
+        "evaluation", "Folder for evaluation.csv, the JSON and overlays.", "output"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("examples", "max_images"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"--{name} is {getattr(self, name)}: it must not be negative")
+        self.config()  # raises what training would raise
+
+    def config(self) -> Config:
+        """The settings that reading the data needs."""
+        return Config(
+            checkpoint=self.checkpoint,
+            data_root=self.data_root,
+            data_format=self.data_format,
+            mask_kind=self.mask_kind,
+            objects=self.objects,
+            min_object_area=self.min_object_area,
+            val_fraction=self.val_fraction,
+            seed=self.seed,
+            image_size=self.image_size or "1024",
+            precision=self.precision,
+            device=self.device,
+        )
+
+    @property
+    def name(self) -> str:
+        """The evaluation's name, fit for a file."""
+        given = self.exp_id or Path(self.adapter or self.checkpoint).stem
+        return re.sub(r"[^\w.+-]+", "_", given).strip("._")[:100] or "evaluation"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns the process exit code."""
+    options = parse(Options, argv, prog="sam2-lora evaluate", description="Score a model on masks.")
+
+    from lora_core.report import say
+    from sam2_lora.predictor import Predictor
+
+    pictures = load_pictures(options)
+    size = parse_size(options.image_size) if options.image_size else None
+    predictor = Predictor.load(
+        options.checkpoint, options.adapter, size, options.device, options.precision
+    )
+    figures = score(predictor, pictures, options)
+    say(report(figures))
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder, figures, csv_rows(predictor, figures, options), options)
+    if options.examples:
+        write_examples(folder, predictor, pictures, options)
+    say(f"evaluation.csv, {options.name}.json and overlays -> {folder.absolute()}")
+    return 0
+
+
+def load_pictures(options: Options) -> EvalSet:
+    """The pictures to score.
+
+    Raises:
+        DataError: faults in the data, or no such split.
+    """
+    from sam2_lora.data import EvalSet, load_split
+    from sam2_lora.survey import subset
+
+    pictures = load_split(options.config(), options.split)
+    if pictures is None:
+        other = "val" if options.split == "test" else "test"
+        raise DataError(f"{options.data_root} has no {options.split} split: try --split {other}")
+    if options.max_images:
+        return EvalSet(subset(pictures.records, options.max_images), options.config())
+    return pictures
+
+
+def score(predictor: Predictor, pictures: EvalSet, options: Options) -> dict[str, dict[str, float]]:
+    """Figures of each model: "base" and "lora", or "model" when there is no adapter."""
+    from sam2_lora.metrics import evaluate
+
+    figures = {}
+    for name in _models(options):
+        with _only(predictor, name):
+            figures[name] = evaluate(predictor.model, pictures, options.config())
+            figures[name]["seconds_per_picture"] = seconds_per_picture(predictor, pictures)
+    return figures
+
+
+def _models(options: Options) -> list[str]:
+    if not options.adapter:
+        return ["model"]
+    return ["base", "lora"] if options.compare_base else ["lora"]
+
+
+@contextmanager
+def _only(predictor: Predictor, name: str) -> Iterator[None]:
+    """The adapter is off inside for the base."""
+    from lora_core.inject import adapters_off
+
+    if name != "base":
+        yield
+        return
+    with adapters_off(predictor.model):
+        yield
+
+
+def seconds_per_picture(predictor: Predictor, pictures: EvalSet) -> float:
+    """Wall time to encode one picture and segment its objects from a click each.
+
+    Mean over the first pictures after one that warms up; NaN with fewer than two.
+    """
+    from sam2_lora.prompts import center_click
+
+    times = []
+    for record in islice(pictures, TIMED_PICTURES + 1):
+        clicks = [[center_click(item.mask).xy] for item in record.objects]
+        start = time.perf_counter()
+        predictor.set_image(record.rgb)
+        if clicks:
+            predictor.predict(points=clicks)
+        times.append(time.perf_counter() - start)
+    return sum(times[1:]) / len(times[1:]) if len(times) > 1 else math.nan
+
+
+def report(figures: dict[str, dict[str, float]]) -> str:
+    """The table for people, with the filled box as the row that needs no model at all."""
+    from lora_core.report import table
+
+    first = next(iter(figures.values()))
+    rows = [["filled box", "", "", f"{first['filled_box_iou']:.4f}", *[""] * (len(TABLE) - 3)]]
+    rows += [[name, *(f"{values[key]:.4f}" for key in TABLE)] for name, values in figures.items()]
+    lines = [table(["", *TABLE.values()], rows)]
+    lines.append(f"{first['objects']:.0f} objects in {first['images']:.0f} pictures")
+    if first["empty_images"]:
+        alarms = ", ".join(
+            f"{name} {values['false_positive_images']:.0f}" for name, values in figures.items()
+        )
+        lines.append(
+            f"{first['empty_images']:.0f} pictures without objects; the automatic grid finds some "
+            f"in: {alarms}"
+        )
+    for name, values in figures.items():
+        classes = {key: value for key, value in values.items() if key.startswith("class_iou/")}
+        if classes:
+            text = "  ".join(
+                f"{key.partition('/')[2]} {value:.4f}" for key, value in classes.items()
+            )
+            lines.append(f"IoU per class, {name}: {text}")
+    return "\n".join(lines)
+
+
+# -- files ---------------------------------------------------------------------------------------
+
+
+def csv_rows(
+    predictor: Predictor, figures: dict[str, dict[str, float]], options: Options
+) -> list[dict[str, Any]]:
+    """One row per model, in the guide's columns, all from one click per object.
+
+    Rank, steps and learning rate are the adapter's own metadata. AUPRC stays empty: exact, it would
+    need the probabilities of all pixels of the data set in memory at once.
+    """
+    from sam2_lora.model import image_size
+
+    height, width = image_size(predictor.model)
+    made = adapter_facts(options.adapter)
+    rows = []
+    for name, values in figures.items():
+        lora = made if name == "lora" else {}
+        row: dict[str, Any] = dict.fromkeys(COLUMNS, "")
+        row |= {
+            "exp_id": options.name,
+            "model": Path(options.checkpoint).stem,
+            "subset_size": lora.get("dataset_size", ""),
+            "variant": f"lora_r{lora['r']}_a{lora['lora_alpha']:g}" if lora else name,
+            "prompt_type": "point",
+            "img_size": str(width) if height == width else f"{height}x{width}",
+            "batch_size": lora.get("batch_size", ""),
+            "steps": lora.get("step", ""),
+            "lr": lora.get("learning_rate", ""),
+            "wd": lora.get("weight_decay", ""),
+            "seed": lora.get("seed", options.seed),
+            f"{options.split}_mIoU": values["iou"],
+            f"{options.split}_Dice": values["dice"],
+            **{f"IoU@{level}": values[f"iou_ge_{level}"] for level in (50, 75, 90, 95)},
+            "Precision": values["precision"],
+            "Recall": values["recall"],
+            "F1": values["f1"],
+            "avg_inference_time": values["seconds_per_picture"],
+            "ckpt_path": options.adapter if name == "lora" else options.checkpoint,
+            "timestamp": datetime.now().strftime("%Y%m%d_%H%M%S"),
+        }
+        rows.append(row)
+    return rows
+
+
+def adapter_facts(path: str | None) -> dict[str, Any]:
+    """Configuration and metadata that an adapter carries, in one dictionary."""
+    if path is None:
+        return {}
+    from lora_core.adapter_file import read_adapter
+
+    file = read_adapter(Path(path))
+    return {**file.metadata, **file.config}
+
+
+def write(
+    folder: Path,
+    figures: dict[str, dict[str, float]],
+    rows: Sequence[dict[str, Any]],
+    options: Options,
+) -> None:
+    """Append the rows to `evaluation.csv` and write the JSON."""
+    from lora_core.tensor_file import atomic_write
+
+    table = folder / "evaluation.csv"
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    if table.exists():
+        text.write(table.read_text(encoding="utf-8"))
+    else:
+        writer.writeheader()
+    writer.writerows(rows)
+    with atomic_write(table) as file:
+        file.write(text.getvalue().encode())
+    content = {
+        "exp_id": options.name,
+        "split": options.split,
+        "checkpoint": options.checkpoint,
+        "adapter": options.adapter,
+        "data_root": options.data_root,
+        "figures": {name: _finite(values) for name, values in figures.items()},
+    }
+    with atomic_write(folder / f"{options.name}.json") as file:
+        file.write(json.dumps(content, indent=2).encode())
+
+
+def _finite(values: dict[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def write_examples(folder: Path, predictor: Predictor, pictures: EvalSet, options: Options) -> None:
+    """Overlays of the first pictures that hold objects."""
+    from sam2_lora.overlay import save
+
+    for record in islice((record for record in pictures if record.objects), options.examples):
+        stem = re.sub(r"[^\w+-]+", "_", str(Path(record.key).with_suffix("")))
+        sheet = compare(predictor, record, _models(options))
+        save(folder / f"{options.name}_{stem}.png", sheet)
+
+
+def compare(predictor: Predictor, record: EvalRecord, models: Sequence[str]) -> NDArray[np.uint8]:
+    """Panels of one picture: each model's masks from one click per object, and the truth.
+
+    Args:
+        predictor: the network.
+        record: a picture with at least one object.
+        models: captions in order; "base" switches the adapter off.
+
+    Returns:
+        uint8 [H, W, 3].
+    """
+    import numpy as np
+    import torch
+
+    from sam2_lora.metrics import Tally
+    from sam2_lora.overlay import draw, panels
+    from sam2_lora.prompts import center_click
+
+    truth = np.stack([item.mask for item in record.objects])
+    clicks = [center_click(mask).xy for mask in truth]
+    sheets = []
+    for name in models:
+        with _only(predictor, name):
+            predictor.set_image(record.rgb)
+            masks = predictor.predict(points=[[xy] for xy in clicks]).masks
+        tally = Tally()
+        tally.add(torch.from_numpy(masks), torch.from_numpy(truth))
+        caption = f"{name}: IoU {tally.summary()['iou']:.2f}"
+        sheets.append((caption, draw(record.rgb, masks, points=clicks)))
+    return panels([*sheets, ("truth", draw(record.rgb, truth))], record.key)

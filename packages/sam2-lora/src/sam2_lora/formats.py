@@ -1,0 +1,358 @@
+"""Data sets on disk: which format lies there, and its pictures and annotations as records.
+
+    severstal   <split>/img/x.jpg with <split>/ann/x.jpg.json (Supervisely)
+    kaggle      train.csv with train_images/
+    folders     [<split>/]images/x.jpg with [<split>/]masks/x.png
+    coco        see `coco`
+
+Everything is read in sorted order. Problems of one pass are collected and reported together.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from lora_core.errors import DataError, near
+from sam2_lora.coco import CocoFile, find_coco, read_coco
+from sam2_lora.encodings import ring_of
+from sam2_lora.image import read_size
+from sam2_lora.masks import Size
+from sam2_lora.records import (
+    MaskKind,
+    Reading,
+    Record,
+    Shape,
+    is_whole,
+    key_of,
+    pictures_in,
+    read_json,
+)
+
+SPLITS = {
+    "train": ("train_split", "train"),
+    "val": ("val_split", "val", "valid", "validation"),
+    "test": ("test_split", "test"),
+}
+FORMATS = ("severstal", "kaggle", "folders", "coco")
+LAYOUTS = """expected one of
+  severstal: train_split/img/x.jpg and train_split/ann/x.jpg.json, also val_split, test_split
+  kaggle:    train.csv and train_images/
+  folders:   images/x.jpg and masks/x.png, or both below train/, val/, test/
+  coco:      train/_annotations.coco.json beside its pictures, also valid, test;
+             or annotations/instances_train.json; or one JSON and images/"""
+KIND_SAMPLE = 64  # masks that are looked at to tell whether a set is evidently binary
+KAGGLE_HEADERS = ("ImageId,ClassId,EncodedPixels", "ImageId_ClassId,EncodedPixels")
+MAX_FIELD = 2**26  # characters of run lengths in one row
+
+Source: TypeAlias = Path | CocoFile
+
+
+# -- which format, which splits --------------------------------------------------------------------
+
+
+def find(root: Path, data_format: str = "auto") -> tuple[str, dict[str, Source]]:
+    """The format of the data below `root`, and where each split ("train", "val", "test") lies.
+
+    A data set that is not split has the one entry "all".
+
+    Raises:
+        DataError: no data, or data in several formats.
+    """
+    if not root.exists():
+        raise DataError(
+            f"{root.absolute()}: no such folder. Set --data_root; `sam2-lora prepare` makes the "
+            "Severstal layout, `sam2-lora demo` a data set to try"
+        )
+    names = FORMATS if data_format == "auto" else (data_format,)
+    found = {name: sources for name in names if (sources := _FIND[name](root))}
+    if not found:
+        raise DataError(f"{root.absolute()}: no data set found; {LAYOUTS}")
+    if len(found) > 1:
+        choice = " and ".join(found)
+        raise DataError(f"{root.absolute()}: looks like {choice}; say which with --data_format")
+    return found.popitem()
+
+
+def _find_pairs(root: Path, first: str, second: str) -> dict[str, Source]:
+    """Folders that hold the two subfolders, or one of them: the other is then missed by name."""
+    known = {
+        split: root / name
+        for split, names in SPLITS.items()
+        for name in reversed(names)
+        if (root / name / first).is_dir() or (root / name / second).is_dir()
+    }
+    if not known and (root / second).is_dir():
+        known["all"] = root
+    return dict(known)
+
+
+def _find_severstal(root: Path) -> dict[str, Source]:
+    return _find_pairs(root, "img", "ann")
+
+
+def _find_folders(root: Path) -> dict[str, Source]:
+    return _find_pairs(root, "images", "masks")
+
+
+def _find_kaggle(root: Path) -> dict[str, Source]:
+    return {"all": root} if (root / "train.csv").is_file() else {}
+
+
+def _find_coco(root: Path) -> dict[str, Source]:
+    return dict(find_coco(root, SPLITS))
+
+
+_FIND: dict[str, Callable[[Path], dict[str, Source]]] = {
+    "severstal": _find_severstal,
+    "kaggle": _find_kaggle,
+    "folders": _find_folders,
+    "coco": _find_coco,
+}
+
+
+def read(source: Source, data_format: str, root: Path, mask_kind: MaskKind = "auto") -> Reading:
+    """Records of one split, sorted by key, with all problems and notes.
+
+    Args:
+        source: from `find`, as `data_format`.
+        root: records' keys are paths below it.
+        mask_kind: what values of mask files mean.
+    """
+    reading = Reading()
+    with reading.collecting():
+        if isinstance(source, CocoFile):
+            return read_coco(source, root)
+        if data_format == "severstal":
+            _read_severstal(source, root, reading)
+        elif data_format == "kaggle":
+            _read_kaggle(source, root, reading)
+        else:
+            _read_folders(source, root, mask_kind, reading)
+    return reading
+
+
+# -- Supervisely -----------------------------------------------------------------------------------
+
+
+def _read_severstal(folder: Path, root: Path, reading: Reading) -> None:
+    """Pairs of picture and annotation; either without the other is passed over and counted."""
+    pictures = pictures_in(folder / "img", reading)
+    if not (folder / "ann").is_dir():
+        raise DataError(f"{(folder / 'ann').absolute()}: no such folder")
+    annotations = {path.name[: -len(".json")]: path for path in (folder / "ann").glob("*.json")}
+    for name, picture in pictures.items():
+        if name not in annotations:
+            reading.notes[f"pictures in {folder / 'img'} without annotation file, left out"] += 1
+            continue
+        with reading.collecting():
+            size, shapes = _read_supervisely(annotations.pop(name), picture, reading)
+            reading.records.append(Record(key_of(picture, root), picture, size, shapes))
+    unpaired = len(annotations.keys() - pictures.keys())
+    if unpaired:
+        reading.notes[f"files in {folder / 'ann'} without picture, left out"] += unpaired
+
+
+def _read_supervisely(
+    path: Path, picture: Path, reading: Reading
+) -> tuple[Size, tuple[Shape, ...]]:
+    content = read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("objects"), list):
+        raise DataError(f'{path}: expected an object with the list "objects"')
+    stated = content.get("size")
+    declared = None
+    if stated is not None:
+        if not isinstance(stated, dict) or not all(
+            is_whole(stated.get(side)) for side in ("height", "width")
+        ):
+            raise DataError(f"{path}: size {stated!r}, expected height and width")
+        declared = (stated["height"], stated["width"])
+    size = reading.size_of(picture, declared, str(path))
+    shapes = []
+    for number, item in enumerate(content["objects"], start=1):
+        where = f"{path}: object {number}"
+        with reading.collecting(where):
+            shape = _supervisely_shape(item, size, where)
+            if shape is not None:
+                shapes.append(shape)
+                continue
+            kind = item["geometryType"]
+            reading.notes[f"objects of geometry {kind!r} left out: not an area"] += 1
+    return size, tuple(shapes)
+
+
+def _supervisely_shape(item: Any, size: Size, where: str) -> Shape | None:
+    """One object of a Supervisely annotation; None for a geometry that is not taken."""
+    if not isinstance(item, dict):
+        raise DataError("expected an object")
+    label = item.get("classTitle")
+    if not isinstance(label, str):
+        raise DataError(f"classTitle {label!r}, expected text")
+    kind = item.get("geometryType")
+    if not isinstance(kind, str):
+        raise DataError(f"geometryType {kind!r}, expected text")
+    if kind == "bitmap":
+        bitmap = item.get("bitmap")
+        if not isinstance(bitmap, dict) or not isinstance(bitmap.get("data"), str):
+            raise DataError("bitmap: data is missing")
+        x, y = _corner(bitmap.get("origin"))
+        return Shape("bitmap", (bitmap["data"], (x, y)), label, where)
+    if kind not in {"rectangle", "polygon"}:
+        return None
+    points = item.get("points")
+    points = points if isinstance(points, dict) else {}
+    exterior = points.get("exterior")
+    if not isinstance(exterior, list):
+        raise DataError(f"{kind}: points.exterior is missing")
+    if kind == "rectangle":
+        return Shape("rectangle", _rectangle(exterior, size), label, where)
+    interior = points.get("interior") or []
+    # Supervisely's vertices are pixels: they mean the pixels' centres.
+    rings = [ring_of(ring, size) + 0.5 for ring in (exterior, *interior)]
+    return Shape("polygon", rings, label, where)
+
+
+def _corner(value: Any) -> tuple[int, int]:
+    if not isinstance(value, list) or len(value) != 2 or not all(map(is_whole, value)):
+        raise DataError(f"bitmap: origin {value!r}, expected two whole numbers [x, y]")
+    return value[0], value[1]
+
+
+def _rectangle(exterior: list[Any], size: Size) -> tuple[int, int, int, int]:
+    """First and last pixel (x0, y0, x1, y1) from two opposite corners, cut at the border."""
+    try:
+        corners = np.array(exterior, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        corners = np.empty(0)
+    if corners.shape != (2, 2) or not np.isfinite(corners).all():
+        raise DataError(f"rectangle: exterior {str(exterior)[:80]}, expected two corners [x, y]")
+    limit = np.array([size[1], size[0]])
+    low = np.clip(np.round(corners.min(0)), 0, limit).astype(int).tolist()
+    high = np.clip(np.round(corners.max(0)), -1, limit - 1).astype(int).tolist()
+    return low[0], low[1], max(high[0], low[0] - 1), max(high[1], low[1] - 1)
+
+
+# -- Kaggle ----------------------------------------------------------------------------------------
+
+
+def _read_kaggle(folder: Path, root: Path, reading: Reading) -> None:
+    """train.csv of the Severstal competition; pictures without a row have no defect."""
+    pictures = pictures_in(folder / "train_images", reading)
+    table = folder / "train.csv"
+    sizes: dict[str, Size] = {}
+    for name, picture in pictures.items():
+        with reading.collecting():
+            sizes[name] = reading.size_of(picture)
+    shapes: dict[str, list[Shape]] = {name: [] for name in pictures}
+    seen: dict[tuple[str, str, str], int] = {}
+    for line, cells in _csv_lines(table):
+        where = f"{table}: row {line}"
+        with reading.collecting(where):
+            name, class_id, runs = _kaggle_row(cells)
+            if name not in pictures:
+                hint = _hint(name, pictures, reading)
+                raise DataError(f"no picture {name!r} in {folder / 'train_images'}{hint}")
+            if seen.setdefault((name, class_id, runs), line) != line:
+                raise DataError(f"repeats row {seen[name, class_id, runs]}")
+            if runs:
+                label = f"defect_{class_id}" if class_id.isdigit() else class_id
+                shapes[name].append(Shape("runs", runs, label, where))
+    reading.records += [
+        Record(key_of(pictures[name], root), pictures[name], size, tuple(shapes[name]), merged=True)
+        for name, size in sizes.items()
+    ]
+
+
+def _csv_lines(table: Path) -> Iterator[tuple[int, list[str]]]:
+    """(line number, cells) of each row after the header.
+
+    Raises:
+        DataError: not text, or another header.
+    """
+    csv.field_size_limit(MAX_FIELD)
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file)
+            header = ",".join(name.strip() for name in next(rows, []))
+            if header not in KAGGLE_HEADERS:
+                raise DataError(f"{table}: row 1 is {header[:80]!r}, expected {KAGGLE_HEADERS[0]}")
+            for cells in rows:
+                if cells:
+                    yield rows.line_num, cells
+    except UnicodeDecodeError:
+        raise DataError(f"{table}: not UTF-8 text") from None
+    except csv.Error as error:
+        raise DataError(f"{table}: row {rows.line_num}: {error}") from None
+
+
+def _kaggle_row(cells: list[str]) -> tuple[str, str, str]:
+    """Picture, class and run lengths of a row in either form.
+
+    Raises:
+        DataError: another number of cells, or an empty name or class.
+    """
+    if len(cells) == 2:  # the older form: 0002cc93b.jpg_1
+        name, _, class_id = cells[0].rpartition("_")
+        cells = [name, class_id, cells[1]]
+    if len(cells) != 3:
+        raise DataError(f"{len(cells)} cells, expected picture, class and run lengths")
+    name, class_id, runs = (cell.strip() for cell in cells)
+    if not name or not class_id:
+        raise DataError("the picture's name or the class is missing")
+    return name, class_id, runs
+
+
+def _hint(name: str, known: dict[str, Path], reading: Reading) -> str:
+    """ "; did you mean ...?" for the problems that are shown; comparing names is slow."""
+    hint = near(name, known) if len(reading.problems) < 20 else ""
+    return hint and f"; {hint}"
+
+
+# -- pictures and mask files -----------------------------------------------------------------------
+
+
+def _read_folders(folder: Path, root: Path, mask_kind: MaskKind, reading: Reading) -> None:
+    """images/ and masks/ with files of the same name; their suffixes may differ."""
+    pictures = _by_stem(pictures_in(folder / "images", reading), reading)
+    masks = _by_stem(pictures_in(folder / "masks", reading), reading)
+    for stem, picture in pictures.items():
+        with reading.collecting():
+            if stem not in masks:
+                hint = _hint(stem, masks, reading)
+                raise DataError(f"{picture}: no mask {stem}.png in {folder / 'masks'}{hint}")
+            mask = masks[stem]
+            size = reading.size_of(picture, read_size(mask), str(mask))
+            merged = mask_kind != "instances"
+            reading.records.append(
+                Record(key_of(picture, root), picture, size, (), mask, mask_kind, merged)
+            )
+    reading.problems += [
+        f"{mask}: no picture {stem} in {folder / 'images'}"
+        for stem, mask in masks.items()
+        if stem not in pictures
+    ]
+    if mask_kind == "auto":
+        _look_at_kind(reading.records)
+
+
+def _by_stem(files: dict[str, Path], reading: Reading) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in files.values():
+        other = found.setdefault(path.stem, path)
+        if other != path:
+            reading.problems.append(f"{path}: {other.name} has the same name; keep one of them")
+    return found
+
+
+def _look_at_kind(records: list[Record]) -> None:
+    """Stop at the first of some masks whose values are not evidently background and foreground.
+
+    Raises:
+        DataError: the kind of the masks has to be said.
+    """
+    for record in records[:: max(1, len(records) // KIND_SAMPLE)]:
+        record.objects  # noqa: B018 - decoding raises

@@ -1,0 +1,232 @@
+"""Pictures: reading them by fixed rules, and the exact way between them and the model's input.
+
+Rules of reading, the same for pictures and masks:
+
+- JPEG, PNG, WebP, BMP, TIFF and GIF, recognised by content, at most `MAX_PIXELS`; of several
+  frames or pages the first.
+- The EXIF orientation is applied, as every viewer does: sizes, masks and coordinates mean the
+  upright picture.
+- Transparent pictures are laid over white; CMYK becomes RGB; 16-bit values are scaled to 8 bits,
+  not clipped; floating point is taken as 0..1.
+"""
+
+from __future__ import annotations
+
+import stat
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from lora_core.errors import DataError
+
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as the official transform
+STD = (0.229, 0.224, 0.225)
+MAX_PIXELS = 150_000_000  # a Sentinel-2 tile has 121 million
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # JPEG includes MPO, stereo pictures
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+_SIDEWAYS = {5, 6, 7, 8}  # EXIF orientations that swap width and height
+
+Coordinates = TypeVar("Coordinates", Tensor, NDArray[np.floating])
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def read_image(path: Path) -> NDArray[np.uint8]:
+    """The upright picture as RGB, uint8 [H, W, 3].
+
+    Raises:
+        DataError: no such file, not a picture, damaged, or too large.
+    """
+    with open_picture(path) as picture:
+        return np.array(_to_rgb(ImageOps.exif_transpose(picture), path))
+
+
+def read_mask(path: Path) -> NDArray[np.integer]:
+    """The values of a mask file, upright, integers [H, W]: never scaled, never thresholded.
+
+    A palette of colours is read by its indices, a palette of black and white as 0 and 255. RGB is
+    taken if it shows greys only.
+
+    Raises:
+        DataError: as `read_image`; colours, transparency or fractions, whose meaning nobody said.
+    """
+    with open_picture(path) as opened:
+        picture = ImageOps.exif_transpose(opened)
+        if picture.mode == "P" and _black_and_white(picture):
+            picture = picture.convert("L")
+        values = np.array(picture)
+    if values.dtype == bool:
+        return values.astype(np.uint8)
+    if values.ndim == 3:
+        bands = {"LA": 1, "RGB": 3, "RGBA": 3}.get(picture.mode)
+        opaque = picture.mode == "RGB" or (values[..., -1] == 255).all()
+        if bands is None or not opaque or (values[..., 1:bands] != values[..., :1]).any():
+            raise DataError(
+                f"{path}: a mask in mode {picture.mode} with colours or transparency; save it as "
+                "one channel of 0 and 255, of object ids, or of class indices"
+            )
+        values = values[..., 0]
+    if values.dtype.kind not in "ui":
+        raise DataError(f"{path}: a mask of fractions ({values.dtype}); save it as whole numbers")
+    return values
+
+
+def _black_and_white(picture: Image.Image) -> bool:
+    palette = np.array(picture.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)
+    used = palette[np.unique(np.asarray(picture)).clip(max=len(palette) - 1)]
+    return {tuple(colour) for colour in used.tolist()} == {(0, 0, 0), (255, 255, 255)}
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """(height, width) of the upright picture, from the header alone.
+
+    Raises:
+        DataError: no such file, not a picture, or too large.
+    """
+    with open_picture(path) as picture:
+        return upright_size(picture)
+
+
+def upright_size(picture: Image.Image) -> tuple[int, int]:
+    """(height, width) after the EXIF orientation is applied."""
+    width, height = picture.size
+    return (width, height) if orientation(picture) in _SIDEWAYS else (height, width)
+
+
+def orientation(picture: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) to 8."""
+    return picture.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def has_more_frames(picture: Image.Image) -> bool:
+    """Whether the file holds more pictures than the first (an MPO's second is its preview)."""
+    return picture.format != "MPO" and getattr(picture, "is_animated", False)
+
+
+@contextmanager
+def open_picture(path: Path) -> Iterator[Image.Image]:
+    """Open a picture's header; nothing is decoded before its size is known to be within bounds.
+
+    Raises:
+        DataError: no such file, not a picture, damaged, or too large.
+    """
+    try:
+        # A pipe or device would block the reader for ever, so the kind is checked before opening.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise DataError(f"{path}: not a regular file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our bound is lower
+            picture = Image.open(path, formats=FORMATS)
+        with picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise DataError(
+                    f"{path}: {picture.width} x {picture.height} pixels are more than "
+                    f"{MAX_PIXELS // 10**6} million; cut the picture into tiles"
+                )
+            yield picture
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: {_what_is(path, error)}") from None
+    except (OSError, SyntaxError, EOFError, ValueError, struct.error) as error:
+        # all of them are ways in which the decoders say "damaged"
+        raise DataError(f"{path}: cannot be read: {error}") from None
+
+
+def _what_is(path: Path, error: Exception) -> str:
+    """Why a file is no picture, from its first bytes."""
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {MAX_PIXELS // 10**6} million pixels; cut the picture into tiles"
+    head = path.read_bytes()[:64] if path.stat().st_size < 2**20 else b"?"
+    if not head:
+        return "the file is empty"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the picture: run `git lfs pull`"
+    if head.lstrip()[:1] == b"<":
+        return "an HTML or XML page, not a picture"
+    return "not a picture in a format that is read (JPEG, PNG, WebP, BMP, TIFF, GIF)"
+
+
+def _to_rgb(picture: Image.Image, path: Path) -> Image.Image:
+    """Any mode to RGB by the module's rules."""
+    if picture.mode.startswith("I") or picture.mode == "F":
+        return Image.fromarray(_to_8_bit(np.asarray(picture), path)).convert("RGB")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _to_8_bit(values: NDArray, path: Path) -> NDArray[np.uint8]:
+    """16-bit integers or floats of 0..1 to 0..255, rounded."""
+    limit = 1.0 if values.dtype.kind == "f" else 65535.0
+    if not ((values >= 0) & (values <= limit)).all():  # false for NaN too
+        raise DataError(
+            f"{path}: values from {values.min():g} to {values.max():g}, expected 0 to {limit:g}; "
+            "convert the picture to 8 bits"
+        )
+    return np.round(values * (255.0 / limit)).astype(np.uint8)
+
+
+# -- the model's input -----------------------------------------------------------------------------
+
+
+def preprocess(rgb: Tensor | NDArray[np.uint8], size: tuple[int, int]) -> Tensor:
+    """The official transform: scaled to 0..1, resized directly to `size`, normalised.
+
+    Bilinear with antialias on the float values, without keeping the aspect ratio and without
+    padding. Resizing the 8-bit values instead would differ by up to 0.015.
+
+    Args:
+        rgb: uint8 [H, W, 3].
+        size: (height, width) of the model's input.
+
+    Returns:
+        float32 [3, height, width].
+    """
+    pixels = torch.as_tensor(rgb).permute(2, 0, 1)[None].float() / 255
+    pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True, align_corners=False)
+    mean, std = (
+        torch.tensor(values, device=pixels.device)[:, None, None] for values in (MEAN, STD)
+    )
+    return (pixels[0] - mean) / std
+
+
+def to_model_points(
+    xy: Coordinates, original_hw: tuple[int, int], size: tuple[int, int]
+) -> Coordinates:
+    """Points (x, y) [..., 2] in the picture's pixels to the model's; x' = x / W_picture * W_model.
+
+    There is no half-pixel shift: the prompt encoder adds its 0.5 itself.
+    """
+    scale = [size[1] / original_hw[1], size[0] / original_hw[0]]
+    if isinstance(xy, Tensor):
+        return xy * torch.tensor(scale, dtype=xy.dtype, device=xy.device)
+    return xy * np.asarray(scale, dtype=xy.dtype)
+
+
+def to_model_boxes(
+    boxes: Coordinates, original_hw: tuple[int, int], size: tuple[int, int]
+) -> Coordinates:
+    """Boxes (x0, y0, x1, y1) [..., 4] in the picture's pixels to the model's."""
+    corners = boxes.reshape(*boxes.shape[:-1], 2, 2)
+    return to_model_points(corners, original_hw, size).reshape(boxes.shape)
+
+
+def upscale_logits(low_res: Tensor, original_hw: tuple[int, int]) -> Tensor:
+    """Mask logits [N, M, h, w] at the picture's size, float32 [N, M, H, W]; the mask is > 0."""
+    return F.interpolate(low_res.float(), size=original_hw, mode="bilinear", align_corners=False)

@@ -1,0 +1,84 @@
+"""`sam2-lora merge`: an adapter and its base become one checkpoint; see `sam2_lora.export`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from lora_core.config import option, parse
+from lora_core.errors import ConfigError
+from lora_core.report import say
+
+if TYPE_CHECKING:
+    from transformers import Sam2Model
+
+
+@dataclass
+class Options:
+    """Settings of `sam2-lora merge`."""
+
+    adapter: str = option(MISSING, "Adapter: PEFT directory or .torch file.", "input")
+    output: str = option(
+        MISSING,
+        "Merged model: a .pt, .pth or .torch file for the official program, a .safetensors file "
+        "with official names, or a folder for transformers (any name without such an ending).",
+        "output",
+    )
+    checkpoint: str | None = option(
+        None,
+        "The base that the adapter was trained on; default: the file name in the adapter.",
+        "input",
+    )
+    dtype: Literal["fp32", "keep"] = option(
+        "fp32",
+        "fp32: exact. keep: the dtype of the base file; where that is half precision, rounding "
+        "changes the masks a little. Official files are in fp32 anyway.",
+        "output",
+    )
+    overwrite: bool = option(False, "Replace an existing output.", "output")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `sam2-lora merge` with these words; returns the exit code.
+
+    Raises:
+        UserError: anything that the user can put right.
+    """
+    options = parse(
+        Options,
+        argv or [],
+        prog="sam2-lora merge",
+        description="Merge an adapter into its base model.",
+    )
+    from sam2_lora.export import export, refuse_existing
+    from sam2_lora.model import load
+
+    refuse_existing(Path(options.output), options.overwrite)
+    checkpoint = options.checkpoint or _recorded_base(options.adapter)
+    model = load(checkpoint, adapter=options.adapter)
+    say(export(model, options.output, options.dtype, options.overwrite))
+    _mention_limits(model, Path(options.output))
+    return 0
+
+
+def _recorded_base(adapter: str) -> str:
+    from lora_core.adapter_file import read_adapter
+
+    base = read_adapter(adapter).metadata.get("base")
+    if not isinstance(base, dict) or not isinstance(base.get("file"), str):
+        raise ConfigError(f"{adapter} does not say what it was trained on: add --checkpoint FILE")
+    return base["file"]
+
+
+def _mention_limits(model: Sam2Model, output: Path) -> None:
+    from sam2_lora.model import image_size
+
+    height, width = image_size(model)
+    if (height, width) != (1024, 1024):
+        say(f"Trained at {height}x{width} pixels, a size that no checkpoint file records.")
+    if model.sam2_base.has_video:
+        say("The video memory is the base's: it was not adapted to the new image features.")
+    elif output.suffix:
+        say("The base holds the image part only, so the official program will not load the file.")

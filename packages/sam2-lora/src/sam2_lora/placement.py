@@ -1,0 +1,109 @@
+"""Where LoRA goes in SAM 2."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_core.config import LoraConfig
+from sam2_lora.config import Config
+
+if TYPE_CHECKING:
+    from lora_core.inject import Summary
+    from transformers import Sam2Config, Sam2Model
+
+_ATTENTION = r"(self_attn|cross_attn_token_to_image|cross_attn_image_to_token)"
+
+# Role -> patterns. They match whole names: a mere `proj` would also hit the shortcuts of the trunk,
+# and `q_proj` misses the trunk, whose q, k and v are one Linear with one adapter.
+ROLES = {
+    "encoder_attention": [r"re:vision_encoder\.backbone\.blocks\.\d+\.attn\.(qkv|proj)"],
+    "decoder_attention": [
+        rf"re:mask_decoder\.transformer\.layers\.\d+\.{_ATTENTION}\.[qkvo]_proj",
+        r"re:mask_decoder\.transformer\.final_attn_token_to_image\.[qkvo]_proj",
+    ],
+    "decoder_mlp": [r"re:mask_decoder\.transformer\.layers\.\d+\.mlp\.proj_(in|out)"],
+    "decoder_heads": [
+        r"re:mask_decoder\.(output_hypernetworks_mlps\.\d+|iou_prediction_head|pred_obj_score_head)"
+        r"\.(proj_in|layers\.\d+|proj_out)"
+    ],
+}
+PRESETS = {
+    "default": ("encoder_attention", "decoder_attention", "decoder_mlp"),
+    "encoder": ("encoder_attention",),
+    "decoder": ("decoder_attention", "decoder_mlp"),
+    "decoder_attention": ("decoder_attention",),
+}
+
+
+def roles(cfg: Config) -> tuple[str, ...]:
+    """The roles that `cfg.targets` names."""
+    preset, heads = cfg.preset
+    return PRESETS[preset] + (("decoder_heads",) if heads else ())
+
+
+def targets(cfg: Config) -> list[str]:
+    """Patterns of the Linears that `cfg.targets` names, for `LoraConfig.target_modules`."""
+    return [pattern for role in roles(cfg) for pattern in ROLES[role]]
+
+
+def lora_config(cfg: Config) -> LoraConfig:
+    """The adapter that a configuration asks for."""
+    return LoraConfig(
+        target_modules=targets(cfg),
+        r=cfg.lora_rank,
+        lora_alpha=cfg.lora_alpha,
+        lora_dropout=cfg.lora_dropout,
+        seed=cfg.seed,
+    )
+
+
+def linears(config: Sam2Config, role: str) -> list[tuple[int, int]]:
+    """(in, out) of each Linear of a role, from the model's sizes and not from its module names.
+
+    An adapter of rank r has r * sum(in + out) parameters.
+    """
+    trunk, decoder = config.vision_config.backbone_config, config.mask_decoder_config
+    width, layers = decoder.hidden_size, decoder.num_hidden_layers
+    if role == "encoder_attention":
+        stages = zip(trunk.embed_dim_per_stage, trunk.blocks_per_stage, strict=True)
+        after = [channels for channels, blocks in stages for _ in range(blocks)]
+        before = [after[0], *after[:-1]]  # a stage's first block widens
+        qkv = [(c, 3 * d) for c, d in zip(before, after, strict=True)]
+        return qkv + [(d, d) for d in after]
+    if role == "decoder_attention":
+        inner = width // decoder.attention_downsample_rate
+        cross = [(width, inner)] * 3 + [(inner, width)]
+        return ([(width, width)] * 4 + cross * 2) * layers + cross
+    if role == "decoder_mlp":
+        return [(width, decoder.mlp_dim), (decoder.mlp_dim, width)] * layers
+    masks, hidden = decoder.num_multimask_outputs + 1, decoder.iou_head_hidden_dim
+    mask_head = [(width, width), (width, width), (width, width // 8)]
+    iou_head = [(width, hidden), *[(hidden, hidden)] * (decoder.iou_head_depth - 2)]
+    score_head = [(width, width), (width, width), (width, 1)]
+    return mask_head * masks + [*iou_head, (hidden, masks)] + score_head
+
+
+def adapt(model: Sam2Model, cfg: Config) -> Summary:
+    """Freeze the network, put the adapters of a configuration on it, and check their number.
+
+    Raises:
+        ConfigError: impossible LoRA settings.
+        RuntimeError: other layers than intended were adapted, as after a change of names in the
+            library; training would be worth nothing.
+    """
+    from lora_core.inject import inject, lora_layers
+
+    summary = inject(model, lora_config(cfg))
+    wanted = [pair for role in roles(cfg) for pair in linears(model.config, role)]
+    layers, parameters = len(lora_layers(model)), _trainable(model)
+    expected = cfg.lora_rank * sum(map(sum, wanted))
+    if (layers, parameters) != (len(wanted), expected):
+        raise RuntimeError(
+            f"--targets {cfg.targets} adapted {layers} layers with {parameters} trainable "
+            f"parameters instead of {len(wanted)} with {expected}"
+        )
+    return summary
+
+
+def _trainable(model: Sam2Model) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

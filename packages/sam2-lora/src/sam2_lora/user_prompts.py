@@ -1,0 +1,163 @@
+"""Clicks and boxes that a user gives: as flags, or for many pictures in a JSON file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_core.errors import ConfigError, DataError, listing, near
+
+LIMIT = 1e9  # pixels: no picture is as large
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What points at one object: clicks, a box, or both, in the picture's pixels."""
+
+    points: tuple[tuple[float, float], ...] = ()
+    labels: tuple[int, ...] = ()  # 1 or 0, one per click
+    box: tuple[float, float, float, float] | None = None
+
+    def outside(self, size: tuple[int, int]) -> bool:
+        """Whether any coordinate lies beyond a picture of `size` (H, W)."""
+        corners = [self.box[:2], self.box[2:]] if self.box else []
+        return any(
+            not (0 <= x <= size[1] and 0 <= y <= size[0]) for x, y in (*self.points, *corners)
+        )
+
+
+def read_prompts(
+    images: Sequence[Path],
+    points: Sequence[str] = (),
+    labels: Sequence[int] = (),
+    boxes: Sequence[str] = (),
+    file: str | None = None,
+) -> dict[Path, list[Prompt]]:
+    """The prompts of each picture, one per object; an empty list means the automatic grid.
+
+    Args:
+        images: the pictures.
+        points, labels, boxes: the flags `x,y`, `1` or `0`, `x0,y0,x1,y1`, for every picture: all
+            points are clicks on one object, each box is an object.
+        file: instead of the flags, JSON {"a.jpg": an entry as `parse_entry` takes it}.
+
+    Raises:
+        ConfigError: flags that cannot be read as prompts.
+        DataError: faults of the file, all together; or prompts outside of their picture.
+    """
+    if file is not None:
+        prompts = _read_file(Path(file), images)
+    else:
+        entry: dict[str, Any] = {"boxes": [_numbers(box, 4, "--boxes") for box in boxes]}
+        entry |= {"points": [_numbers(xy, 2, "--points") for xy in points], "labels": list(labels)}
+        try:
+            given = parse_entry(entry, "--points, --labels, --boxes")
+        except DataError as error:
+            raise ConfigError(str(error)) from None
+        prompts = dict.fromkeys(images, given)
+    _check_inside({image: given for image, given in prompts.items() if given})
+    return prompts
+
+
+def _numbers(text: str, count: int, flag: str) -> list[float]:
+    try:
+        values = [float(word) for word in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) != count:
+        form = "x,y" if count == 2 else "x0,y0,x1,y1"
+        raise ConfigError(f"{flag} {text!r}: expected {form} in pixels, without spaces")
+    return values
+
+
+def _read_file(path: Path, images: Sequence[Path]) -> dict[Path, list[Prompt]]:
+    from sam2_lora.records import read_json
+
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise DataError(f'{path}: expected an object {{"a.jpg": {{"points": ...}}}}')
+    by_name = {image.name: image for image in images}
+    prompts: dict[Path, list[Prompt]] = {image: [] for image in images}
+    problems = []
+    for name, entry in content.items():
+        if name not in by_name:
+            problems.append(f"{path}: no picture {name!r} among --images; {near(name, by_name)}")
+            continue
+        try:
+            prompts[by_name[name]] = parse_entry(entry, f"{path}: {name!r}")
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError(listing(problems))
+    return prompts
+
+
+def parse_entry(entry: Any, where: str) -> list[Prompt]:
+    """One picture's prompts: {"points", "labels", "boxes"} -> one `Prompt` per object.
+
+    A list of clicks is one object, a list of such lists several; each box is an object, the clicks
+    and the box in the same place belong to the same object.
+
+    Raises:
+        DataError: what does not fit, starting with `where`.
+    """
+    if not isinstance(entry, dict) or not set(entry) <= {"points", "labels", "boxes"}:
+        raise DataError(f'{where}: expected {{"points": ..., "labels": ..., "boxes": ...}}')
+    points = _per_object(entry.get("points") or [], 2)
+    labels = _per_object(entry.get("labels") or [], 1) or [[1] * len(clicks) for clicks in points]
+    boxes = _per_object(entry.get("boxes") or [], 1)
+    flat = [(v, 2) for clicks in points for v in clicks] + [(box, 4) for box in boxes]
+    if not all(_is_numbers(value, count) for value, count in flat):
+        raise DataError(f"{where}: a point is [x, y] and a box is [x0, y0, x1, y1], finite numbers")
+    if [len(signs) for signs in labels] != [len(clicks) for clicks in points]:
+        raise DataError(f"{where}: one label for each point, in the same nesting")
+    if any(sign not in (0, 1) for signs in labels for sign in signs):
+        raise DataError(f"{where}: a label is 1 (on the object) or 0 (beside it)")
+    if any(x0 >= x1 or y0 >= y1 for x0, y0, x1, y1 in boxes):
+        raise DataError(f"{where}: a box is [x0, y0, x1, y1] with x0 < x1 and y0 < y1")
+    if points and boxes and len(points) != len(boxes):
+        raise DataError(f"{where}: {len(points)} object(s) with points, but {len(boxes)} box(es)")
+    return [
+        Prompt(
+            points=tuple((float(x), float(y)) for x, y in points[k]) if points else (),
+            labels=tuple(int(sign) for sign in labels[k]) if points else (),
+            box=tuple(float(v) for v in boxes[k]) if boxes else None,  # type: ignore[arg-type]
+        )
+        for k in range(max(len(points), len(boxes)))
+    ]
+
+
+def _per_object(values: Any, depth: int) -> list[list[Any]]:
+    """Lists per object: a list that is one object's own is wrapped once more."""
+    if not isinstance(values, list):
+        return [[values]]  # no list at all: the caller's checks report it
+    inner: Any = values
+    for _ in range(depth):
+        inner = inner[0] if isinstance(inner, list) and inner else None
+    nested = isinstance(inner, list) and all(isinstance(value, list) for value in values)
+    return values if nested else [values] if values else []
+
+
+def _is_numbers(value: Any, count: int) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == count
+        and all(type(v) in (int, float) and abs(v) < LIMIT for v in value)  # false for NaN too
+    )
+
+
+def _check_inside(prompts: dict[Path, list[Prompt]]) -> None:
+    from sam2_lora.image import read_size  # imports torch, which wrong flags need not wait for
+
+    problems = []
+    for image, given in prompts.items():
+        size = read_size(image)
+        problems += [
+            f"{image.name}: {prompt} lies outside the picture of {size[1]}x{size[0]} pixels"
+            for prompt in given
+            if prompt.outside(size)
+        ]
+    if problems:
+        raise DataError(listing(problems))
