@@ -296,6 +296,16 @@ def test_training_is_bit_equal_with_evaluation_on_or_off(tmp_path, whole):
     assert_same_bits(train(tmp_path, measure=None).network, evaluated.network)
 
 
+def test_what_is_done_with_a_checkpoint_does_not_touch_training(tmp_path, whole):
+    model = network()
+
+    def draw(step, metrics=None):
+        torch.rand(3), model.eval()
+
+    train(tmp_path, model=model, on_latest=draw, on_best=draw)
+    assert_same_bits(model, whole[1].network)
+
+
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(tmp_path, whole):
     _, first = whole
     torch.rand(5), np.random.rand(5)  # noqa: NPY002 - what ran before has no say

@@ -85,7 +85,7 @@ def test_base_and_adapter_are_scored_side_by_side(
     text = capsys.readouterr().out
     assert "filled box" in text
     assert "2 objects in 3 pictures" in text
-    assert "1 pictures without objects" in text
+    assert "without objects: 1 pictures; the automatic grid finds some in" in text
 
 
 def test_figures_equal_those_of_the_evaluation_during_training(

@@ -308,13 +308,15 @@ def test_the_command_merges_both_kinds_of_adapter(
     work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     network = adapted(work / "base.safetensors")
+    m.set_image_size(network, (64, 192))
     m.save_adapter(network, work / name)
+    m.set_image_size(network, (128, 128))
     adapter, base = work / name, work / "base.safetensors"
     assert run("--adapter", adapter, "--checkpoint", base, "--output", work / "merged.pt") == 0
     text = capsys.readouterr().out
     assert "325 tensors, 46 of them changed" in text
     assert "point" in text
-    assert "Trained at 128x128" in text
+    assert "Trained at 64x192 pixels, while the model is made for 128x128" in text
     assert "video memory is the base's" in text
     torch.testing.assert_close(masks(m.load(work / "merged.pt")), masks(network), rtol=0, atol=1e-4)
     monkeypatch.chdir(work)  # the adapter knows the name of its base

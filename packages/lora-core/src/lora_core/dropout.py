@@ -118,9 +118,7 @@ def seeded_dropout(x: Tensor, p: float, seed: int) -> Tensor:
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, run: Callable[[Tensor, Tensor], Tensor], x: Tensor, A: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, run: Callable[[Tensor, Tensor], Tensor], x: Tensor, A: Tensor) -> Tensor:
         ctx.run = run
         ctx.save_for_backward(x, A)
         return run(x, A)

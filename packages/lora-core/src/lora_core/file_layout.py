@@ -24,7 +24,16 @@ from lora_core.weights import Rows, blocks
 if TYPE_CHECKING:
     from lora_core.layers import LoraLayer
 
-__all__ = ["Pair", "Rows", "assignments", "compact_rows", "expand_rows", "plain_pair", "split_pair", "tensors_of"]
+__all__ = [
+    "Pair",
+    "Rows",
+    "assignments",
+    "compact_rows",
+    "expand_rows",
+    "plain_pair",
+    "split_pair",
+    "tensors_of",
+]
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 

@@ -39,10 +39,7 @@ class FullTensor:
     @property
     def tensor(self) -> Tensor:
         """The tensor in the module."""
-        found = self.module._parameters.get(self.name)
-        found = self.module._buffers.get(self.name) if found is None else found
-        assert found is not None
-        return found
+        return _raw(self.module, self.name)
 
     @property
     def adapters(self) -> set[str]:
@@ -68,6 +65,15 @@ class FullTensor:
             tensor.requires_grad_(adapter in self.trainable)
 
 
+def _raw(module: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer itself, even where reading it gives an adapted one."""
+    found = module._parameters.get(name)
+    if found is None:
+        found = module._buffers[name]  # type: ignore[assignment]
+    assert found is not None
+    return found
+
+
 def keep_aside(
     model: nn.Module, adapter: str, full: dict[str, FullTensor], keys: Iterable[str], train: bool
 ) -> None:
@@ -75,9 +81,8 @@ def keep_aside(
     for key in keys:
         path, _, name = key.rpartition(".")
         if key not in full:
-            entry = FullTensor(model.get_submodule(path), name, None)  # type: ignore[arg-type]
-            entry.base = entry.tensor.data
-            full[key] = entry
+            module = model.get_submodule(path)
+            full[key] = FullTensor(module, name, _raw(module, name).data)
         entry = full[key]
         base = entry.base if entry.live is not None else entry.tensor.data
         entry.values[adapter] = base.clone()

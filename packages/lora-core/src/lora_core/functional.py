@@ -237,8 +237,11 @@ def _down_gradient(g: Tensor, B: Tensor, branch: Branch) -> Tensor:
 
 def _up_gradient(g: Tensor, h: Tensor, branch: Branch) -> Tensor:
     """`dB = s g^T h`, block by block: (rows_1 + .. + rows_k, r)."""
-    blocks = [g[:, out].t() @ h[:, h_part] for h_part, out, _ in blocks(branch.rows, branch.B.shape[1], g.shape[1])]
-    return torch.cat(blocks).mul_(branch.scale)
+    parts = [
+        g[:, out].t() @ h[:, h_part]
+        for h_part, out, _ in blocks(branch.rows, branch.B.shape[1], g.shape[1])
+    ]
+    return torch.cat(parts).mul_(branch.scale)
 
 
 def _input_side(

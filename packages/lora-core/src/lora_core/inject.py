@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_core import full_training, mechanisms, placement
+from lora_core import full_training, mechanisms, overview, placement
 from lora_core.config import LoraConfig
 from lora_core.errors import ConfigError, listing, near
 from lora_core.full_training import FullTensor
@@ -18,12 +18,14 @@ from lora_core.initialise import module_seed
 from lora_core.layers import AdapterSpec, LoraLayer
 from lora_core.mechanisms import TiedLayer
 from lora_core.module_names import unwrapped
-from lora_core.placement import Summary
+from lora_core.overview import Summary
 from lora_core.targets import Roles, adaptable_view, resolve, saved_modules
 
 __all__ = [
     "Summary",
     "adapters_off",
+    "configs",
+    "full_keys",
     "full_tensors",
     "inject",
     "lora_layers",
@@ -62,14 +64,14 @@ def inject(
     paths = resolve(model, config, roles)
     plan = placement.plan(model, paths, config, trainable)
     _warn_ranks(model, plan)
-    keys = _full_keys(model, config, plan)
+    keys = full_keys(model, config, plan)
     if not hasattr(model, "_lora_configs"):
         _freeze(model)
     for path, spec in plan.items():
         mechanisms.adapt(model.get_submodule(path), name, spec, module_seed(config.seed, path))
     placement.tie_readers(model, plan)
     full_training.keep_aside(model, name, _full(model), keys, trainable)
-    _configs(model)[name] = config
+    configs(model)[name] = config
     set_adapters(model, name)
     return summary(model, name)
 
@@ -85,20 +87,21 @@ def remove(model: nn.Module, name: str | None = None) -> None:
     """
     model = unwrapped(model)
     _refuse_merged(model, "remove adapters")
-    names = list(_configs(model)) if name is None else [_known(model, name)]
+    names = list(configs(model)) if name is None else [_known(model, name)]
     for each in names:
         for layer in lora_layers(model).values():
             if each in layer.lora_adapters:
                 mechanisms.drop(layer, each)
         full_training.forget(_full(model), each)
-        del _configs(model)[each]
+        del configs(model)[each]
     for module in model.modules():
         if isinstance(module, TiedLayer) and not isinstance(module.lora_owner, LoraLayer):
             mechanisms.strip(module)
-    if not _configs(model) and hasattr(model, "_lora_configs"):
+    if not configs(model) and hasattr(model, "_lora_configs"):
         for key, parameter in model.named_parameters():
-            parameter.requires_grad_(key in model._lora_was_trainable)
-        del model._lora_configs, model._lora_full, model._lora_was_trainable
+            parameter.requires_grad_(key in model.__dict__["_lora_was_trainable"])
+        for state in ("_lora_configs", "_lora_full", "_lora_was_trainable"):
+            del model.__dict__[state]
 
 
 def set_adapters(
@@ -203,35 +206,33 @@ def parameter_groups(
 def summary(model: nn.Module, name: str | None = None) -> Summary:
     """What is adapted, by one adapter or all; printing it gives a table."""
     model = unwrapped(model)
-    names = list(_configs(model)) if name is None else [_known(model, name)]
-    return placement.summarise(model, lora_layers(model), _full(model), names)
+    names = list(configs(model)) if name is None else [_known(model, name)]
+    return overview.summarise(model, lora_layers(model), _full(model), names)
 
 
 # State of the model
 
 
-def _configs(model: nn.Module) -> dict[str, LoraConfig]:
-    """Adapter name -> its configuration."""
-    if not hasattr(model, "_lora_configs"):
-        return {}
-    configs: dict[str, LoraConfig] = model._lora_configs  # type: ignore[assignment]
-    return configs
+def configs(model: nn.Module) -> dict[str, LoraConfig]:
+    """Adapter name -> its configuration, for every adapter on an unwrapped model."""
+    found: dict[str, LoraConfig] = model.__dict__.get("_lora_configs", {})
+    return found
 
 
 def _full(model: nn.Module) -> dict[str, FullTensor]:
     """State-dict key -> what adapters train in full."""
-    full: dict[str, FullTensor] = getattr(model, "_lora_full", {})
-    return full
+    found: dict[str, FullTensor] = model.__dict__.get("_lora_full", {})
+    return found
 
 
 def _freeze(model: nn.Module) -> None:
-    model._lora_was_trainable = {k for k, p in model.named_parameters() if p.requires_grad}
-    model._lora_configs, model._lora_full = {}, {}
+    trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    model.__dict__.update(_lora_configs={}, _lora_full={}, _lora_was_trainable=trainable)
     model.requires_grad_(False)
 
 
 def _known(model: nn.Module, name: str) -> str:
-    names = _configs(model)
+    names = configs(model)
     if name not in names:
         raise ConfigError(
             f"the model has no adapter {name!r}, only {sorted(names)}. {near(name, names)}".strip()
@@ -240,7 +241,7 @@ def _known(model: nn.Module, name: str) -> str:
 
 
 def _check_name(model: nn.Module, name: str) -> None:
-    if name in _configs(model):
+    if name in configs(model):
         raise ConfigError(
             f"the model already has adapter {name!r}: give another name, or call "
             f"remove(model, {name!r}) first"
@@ -279,7 +280,7 @@ def _scales(
     return {name: float(c) for name, c in factors.items()}
 
 
-def _full_keys(model: nn.Module, config: LoraConfig, plan: Mapping[str, AdapterSpec]) -> list[str]:
+def full_keys(model: nn.Module, config: LoraConfig, plan: Mapping[str, AdapterSpec]) -> list[str]:
     """State-dict keys of what this configuration trains in full."""
     keys: dict[str, None] = {}
     modules = adaptable_view(model)
@@ -314,3 +315,6 @@ def _warn_ranks(model: nn.Module, plan: Mapping[str, AdapterSpec]) -> None:
             + listing(large, 5),
             stacklevel=3,
         )
+
+
+_configs, _full_keys = configs, full_keys

@@ -153,8 +153,7 @@ class LoraLayer(nn.Module):
 
     def lora_b_bias(self, adapter: str) -> Tensor:
         """b_B, the bias on B, over the adapted rows."""
-        bias: Tensor = getattr(self.lora_B[adapter], "bias")
-        return bias
+        return self.lora_B[adapter].get_parameter("bias")
 
     def lora_initial(self, adapter: str, weight_name: str) -> tuple[Tensor, Tensor] | None:
         """The pair that PiSSA and OLoRA subtract."""
@@ -166,8 +165,7 @@ class LoraLayer(nn.Module):
 
     def lora_magnitude(self, adapter: str) -> Tensor:
         """DoRA's m in the shape that files have: (do), for convolutions (1, Cout, 1, ..)."""
-        magnitude: Tensor = getattr(self.lora_magnitude_vector[adapter], "weight")
-        return magnitude
+        return self.lora_magnitude_vector[adapter].get_parameter("weight")
 
     def lora_parameters(self, adapter: str) -> dict[str, nn.Parameter]:
         """The parameters of one adapter by their names within this layer."""
@@ -216,7 +214,7 @@ class LoraLayer(nn.Module):
         """
         W = self.lora_raw(name)
         live = [a for a in self.lora_live() if name in self.lora_adapters[a].weight_names]
-        if not live:
+        if not live or _is_sharded(W, self.lora_factors(live[0], name)[0]):
             return W
         with lora.without_autocast(W.device):
             base = W.to(self.lora_factors(live[0], name)[0].dtype)
@@ -360,6 +358,13 @@ class LoraLayer(nn.Module):
                 target.copy_(value)
 
 
+def _is_sharded(*tensors: Tensor) -> bool:
+    """Whether FSDP2 holds these as shards, as between forward passes, when it looks them up.
+
+    Within its modules' forward passes they are whole, ordinary tensors.
+    """
+    return all(hasattr(tensor, "full_tensor") for tensor in tensors)
+
+
 def _product(spec: AdapterSpec, A: Tensor, B: Tensor, W: Tensor) -> Tensor:
     return lora.delta(A, B, spec.scale, W.shape, spec.rows, spec.groups, spec.transposed)
-

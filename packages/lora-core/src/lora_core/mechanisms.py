@@ -88,6 +88,11 @@ class LoraConv(WrappedLayer):
 class LoraEmbedding(WrappedLayer):
     """nn.Embedding with adapters."""
 
+    padding_idx: int | None
+    max_norm: float | None
+    norm_type: float
+    scale_grad_by_freq: bool
+
     def forward(self, input: Tensor) -> Tensor:
         return self.lora_forward(input, None, self._base, self._adapted)
 
@@ -96,12 +101,16 @@ class LoraEmbedding(WrappedLayer):
             tokens, table, self.padding_idx, **norm, scale_grad_by_freq=self.scale_grad_by_freq
         )
 
-    def _base(self, tokens: Tensor, table: Tensor, bias: None = None) -> Tensor:
+    def _base(self, tokens: Tensor, table: Tensor, bias: Tensor | None = None) -> Tensor:
         # max_norm rescales rows of the table in place: the base's business, never A's.
         return self._lookup(tokens, table, max_norm=self.max_norm, norm_type=self.norm_type)
 
     def _adapted(
-        self, tokens: Tensor, table: Tensor, bias: None, branches: Sequence[lora.Branch]
+        self,
+        tokens: Tensor,
+        table: Tensor,
+        bias: Tensor | None,
+        branches: Sequence[lora.Branch],
     ) -> Tensor:
         return lora.lora_embedding(self._base(tokens, table), tokens, branches, self._lookup)
 
@@ -165,20 +174,21 @@ def weight_names(module: nn.Module) -> tuple[str, ...]:
 # Changing and restoring the class
 
 
-@functools.cache
+_SUBCLASSES: dict[tuple[type[nn.Module], type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+
+
 def _subclass(
     mixin: type[nn.Module], base: type[nn.Module], properties: tuple[str, ...]
 ) -> type[nn.Module]:
-    body: dict[str, Any] = {"lora_base_class": base, "__module__": base.__module__}
-    # deepcopy and pickle must not look for the class by its name: there is none to import.
-    body["__reduce_ex__"] = lambda self, protocol: (
-        _rebuild,
-        (mixin, base, properties),
-        self.__getstate__(),
-    )
-    for name in properties:
-        body[name] = _reading(mixin, name)
-    return type(f"Lora{base.__name__}", (mixin, base), body)
+    """The one class that adds `mixin` and properties in place of these parameters to `base`."""
+    key = (mixin, base, properties)
+    if key not in _SUBCLASSES:
+        body: dict[str, Any] = {"lora_base_class": base, "__module__": base.__module__}
+        # deepcopy and pickle must not look for the class by its name: there is none to import.
+        body["__reduce_ex__"] = lambda self, protocol: (_rebuild, key, self.__getstate__())
+        body |= {name: _reading(mixin, name) for name in properties}
+        _SUBCLASSES[key] = type(f"Lora{base.__name__}", (mixin, base), body)
+    return _SUBCLASSES[key]
 
 
 def _rebuild(
@@ -189,7 +199,7 @@ def _rebuild(
 
 
 def _reading(mixin: type[nn.Module], name: str) -> property:
-    """The property that stands in a parameter's place."""
+    """The property that stands in the place of a parameter."""
     if mixin is TiedLayer:
         return property(lambda self: self.lora_owner.lora_weight(self.lora_owner_weight))
     if name in BIAS_OF.values():
@@ -256,12 +266,11 @@ def strip(module: nn.Module) -> None:
 
     The raw weights are left as they are: with merged adapters they stay merged.
     """
-    if not isinstance(module, (LoraLayer, TiedLayer)):
-        return
-    for name in (*_CONTAINERS, *_STATE, *_TIE):
-        module.__dict__.pop(name, None)
-        module._modules.pop(name, None)
-    module.__class__ = module.lora_base_class
+    if isinstance(module, LoraLayer | TiedLayer):
+        for name in (*_CONTAINERS, *_STATE, *_TIE):
+            module.__dict__.pop(name, None)
+            module._modules.pop(name, None)
+        module.__class__ = module.lora_base_class  # type: ignore[assignment]
 
 
 def tie(module: nn.Module, weight_name: str, owner: LoraLayer, owner_weight: str) -> None:
@@ -288,11 +297,10 @@ def _become(module: nn.Module, spec: AdapterSpec) -> None:
     properties: tuple[str, ...] = ()
     if spec.mechanism == "parametrize":
         properties = weight_names(module)
-        biases = (BIAS_OF.get(name) for name in properties)
+        biases = (BIAS_OF[name] for name in properties if name in BIAS_OF)
         properties += tuple(bias for bias in biases if module._parameters.get(bias) is not None)
     module.__class__ = _subclass(mixin, type(module), properties)
-    module.lora_adapters, module.lora_active = {}, []
-    module.lora_scales, module.lora_merged = {}, ()
+    module.__dict__.update(lora_adapters={}, lora_active=[], lora_scales={}, lora_merged=())
 
 
 def _container(module: nn.Module, name: str, kind: Callable[[], Any]) -> Any:
@@ -314,7 +322,7 @@ def _initial_pair(
     if spec.has_initial:
         A, B = _decomposed(W, spec)
         return A.to(dtype).contiguous(), B.to(dtype).contiguous()
-    shape_A, shape_B = _pair_shapes(W, spec)
+    shape_A, shape_B = pair_shapes(W, spec)
     if spec.kind == "embedding":
         A, B = torch.zeros(shape_A, dtype=dtype), initialise.normal_B(shape_B, seed, dtype)
     else:
@@ -328,7 +336,8 @@ def _initial_pair(
     return A.to(W.device), B.to(W.device)
 
 
-def _pair_shapes(W: Tensor, spec: AdapterSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def pair_shapes(W: Tensor, spec: AdapterSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of A and B for a weight."""
     if spec.kind == "embedding":
         return (spec.r, W.shape[0]), (W.shape[1], spec.r)
     if spec.rows is not None:
@@ -367,3 +376,6 @@ def _initial_magnitude(module: LoraLayer, name: str) -> Tensor:
     if spec.kind in ("conv", "conv_transpose"):
         return norm.view(1, -1, *[1] * (W.dim() - 2))
     return norm
+
+
+_pair_shapes = pair_shapes

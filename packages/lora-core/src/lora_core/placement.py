@@ -1,20 +1,18 @@
-"""What an adapter will be on each layer, decided before anything changes, and the table of it."""
+"""What an adapter will be on each layer: decided, and refused, before anything changes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import nn
 
 from lora_core import mechanisms
 from lora_core.config import LoraConfig, Slices
 from lora_core.errors import ConfigError, listing, near
-from lora_core.full_training import FullTensor
 from lora_core.layers import BIAS_OF, AdapterSpec, LoraLayer, Mechanism
 from lora_core.mechanisms import TiedLayer
 from lora_core.module_names import first_match
-from lora_core.report import table
 
 Plan = dict[str, AdapterSpec]
 
@@ -32,7 +30,7 @@ def plan(
     modules = dict(model.named_modules())
     problems = _unused_patterns(paths, config)
     found: Plan = {}
-    holders, taken = _holders(model), set()
+    holders, taken = _holders(model), set[int]()
     for path in paths:
         module = modules[path]
         weights = {id(module._parameters[name]) for name in mechanisms.weight_names(module)}
@@ -110,7 +108,7 @@ def _spec(
         weight_names=names,
         groups=getattr(module, "groups", 1) if kind in ("conv", "conv_transpose") else 1,
     )
-    slices: Slices | None = first_match(config.slices, path, None)  # type: ignore[arg-type]
+    slices: Slices | None = first_match(config.slices, path, None)
     if slices is not None:
         spec = _sliced(module, spec, slices)
     _check_combination(module, spec)
@@ -207,159 +205,3 @@ def _unused_patterns(paths: Sequence[str], config: LoraConfig) -> list[str]:
 
 def _name(module: nn.Module) -> str:
     return getattr(module, "lora_base_class", type(module)).__name__
-
-
-# The table
-
-
-@dataclass(frozen=True)
-class Row:
-    """One adapted module, or one that is trained in full."""
-
-    path: str
-    kind: str
-    mechanism: str
-    r: int
-    alpha: float
-    parameters: int
-    note: str = ""
-
-    @property
-    def alike(self) -> tuple[object, ...]:
-        """What rows that share a line of the table have in common."""
-        return (self.kind, self.mechanism, self.r, self.alpha, self.note)
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What is adapted. Printing it gives a table in which like neighbours share a line.
-
-    Attributes:
-        rows: one per adapted module and adapter, in module order.
-        full: state-dict keys that are trained in full -> number of values.
-        trainable, total: parameters that require gradients, and all.
-    """
-
-    rows: tuple[Row, ...]
-    full: dict[str, int]
-    trainable: int
-    total: int
-
-    def __str__(self) -> str:
-        lines = [
-            (path, row.kind, row.mechanism, str(row.r), f"{row.alpha:g}", parameters, row.note)
-            for path, row, parameters in _grouped(self.rows)
-        ]
-        lines += [
-            (path, "trained in full", "", "", "", count, "")
-            for path, count in _by_module(self.full).items()
-        ]
-        header = ("module", "kind", "mechanism", "r", "alpha", "parameters", "note")
-        share = 100 * self.trainable / max(1, self.total)
-        return (
-            f"{table(header, lines)}\n{len(self.rows)} adapted modules, {self.trainable:,} of "
-            f"{self.total:,} parameters train ({share:.2f} %)"
-        )
-
-
-def summarise(
-    model: nn.Module,
-    layers: Mapping[str, LoraLayer],
-    full: Mapping[str, FullTensor],
-    names: Sequence[str],
-) -> Summary:
-    """The table of the named adapters."""
-    rows = []
-    for path, layer in layers.items():
-        for name in names:
-            if name in layer.lora_adapters:
-                spec = layer.lora_adapters[name]
-                size = sum(p.numel() for p in layer.lora_parameters(name).values())
-                note = _note(model, path, spec, name if len(names) > 1 else "")
-                base = _name(layer)
-                rows.append(Row(path, base, spec.mechanism, spec.r, spec.alpha, size, note))
-    shown = {
-        key: entry.tensor.numel() for key, entry in full.items() if entry.adapters & set(names)
-    }
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    trainable = sum(size for size, flag in sizes if flag)
-    return Summary(tuple(rows), shown, trainable, sum(size for size, _ in sizes))
-
-
-def _note(model: nn.Module, path: str, spec: AdapterSpec, adapter: str) -> str:
-    """What a reader of the table could not guess."""
-    notes = [f"adapter {adapter}"] if adapter else []
-    if spec.slices:
-        notes.append("rows " + " ".join(f"{name}[{a}:{b}]" for name, a, b in spec.slices))
-    if len(spec.weight_names) > 1:
-        notes.append(" ".join(spec.weight_names))
-    if spec.groups > 1:
-        notes.append(f"{spec.groups} groups: not for plain PEFT")
-    if spec.use_dora:
-        notes.append("DoRA")
-    if spec.freeze_A:
-        notes.append("A frozen")
-    if spec.dropout and spec.kind == "embedding":
-        notes.append("no dropout on tokens")
-    elif spec.dropout and not _called(model, path):
-        notes.append("dropout of input channels")
-    return ", ".join(notes)
-
-
-def _called(model: nn.Module, path: str) -> bool:
-    """Whether the layer's fast forward, which can drop elements of x, is what the model calls."""
-    parent = model.get_submodule(path.rpartition(".")[0])
-    fast = isinstance(model.get_submodule(path), mechanisms.WrappedLayer)
-    return fast and not isinstance(parent, nn.MultiheadAttention)
-
-
-def _grouped(rows: Sequence[Row]) -> list[tuple[str, Row, int]]:
-    """Rows that differ only in numbers of their paths as one: (path, row, sum of parameters).
-
-    One component after the other, so that `a.{0..2}.b.{0..1}` always means all six.
-    """
-    groups = {(tuple(row.path.split(".")), row.alike): [row] for row in rows}
-    for place in range(max((row.path.count(".") + 1 for row in rows), default=0)):
-        merged: dict[tuple[object, ...], list[tuple[tuple[str, ...], list[Row]]]] = {}
-        for (parts, alike), group in groups.items():
-            number = place < len(parts) and parts[place].isdigit()
-            key = (*parts[:place], "#", *parts[place + 1 :]) if number else parts
-            merged.setdefault((key, number, alike), []).append((parts, group))
-        groups = {}
-        for (_, number, alike), members in merged.items():
-            parts = members[0][0]
-            if number:
-                span = _span([int(other[place]) for other, _ in members])
-                parts = (*parts[:place], span, *parts[place + 1 :])
-            groups[parts, alike] = [row for _, group in members for row in group]
-    return [
-        (
-            ".".join(parts) + (f"  x {len(group)}" if len(group) > 1 else ""),
-            group[0],
-            sum(row.parameters for row in group),
-        )
-        for (parts, _), group in groups.items()
-    ]
-
-
-def _span(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] -> "{0..2,5}", [3] -> "3"."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    if len(numbers) == 1:
-        return str(numbers[0])
-    texts = [f"{run[0]}..{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
-    return "{" + ",".join(texts) + "}"
-
-
-def _by_module(full: Mapping[str, int]) -> dict[str, int]:
-    """Keys trained in full, added up by module."""
-    sums: dict[str, int] = {}
-    for key, count in full.items():
-        path = key.rpartition(".")[0]
-        sums[path] = sums.get(path, 0) + count
-    return sums

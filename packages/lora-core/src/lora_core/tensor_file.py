@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -51,7 +51,8 @@ def atomic_write(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
         reason = error.strerror or str(error)
         raise CheckpointError(f"cannot write {path.absolute()}: {reason}") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # it is gone when all went well
+            part.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

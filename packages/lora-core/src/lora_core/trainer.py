@@ -145,7 +145,7 @@ class LoraTrainer(Trainer):
             batches = len(self.get_train_dataloader())
             updates = math.ceil(batches / self.args.gradient_accumulation_steps)
             total = math.ceil(self.args.num_train_epochs * updates)
-        stopped = self.patience is not None and state["progress"]["without_gain"] >= self.patience
+        stopped = self.patience is not None and state["without_gain"] >= self.patience
         if state["step"] < total and not stopped:
             return False
         self._load_from_checkpoint(path)
@@ -293,40 +293,38 @@ class LoraTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Write adapter, optimizer, schedule, random states and counters; nothing of the base."""
-        step = self.state.global_step
-        randoms = [checkpoint.random_state()]
-        randoms = gather_object(randoms) if self.args.world_size > 1 else randoms
+        step, run = self.state.global_step, str(self.args.output_dir)
+        window = {name: [float(total), count] for name, (total, count) in self._window.items()}
+        ranks = [{"random": checkpoint.random_state(), "window": window}]
+        ranks = gather_object(ranks) if self.args.world_size > 1 else ranks
         if self.args.process_index == 0:
 
             def fill(folder: Path) -> None:
                 self.write_adapter(folder / "adapter")
                 self.state.save_to_json(str(folder / "trainer_state.json"))
 
-            run = str(self.args.output_dir)
-            checkpoint.save(run, step, self._state(randoms), fill)
-            if self._new_best and self.best and self.on_best:
-                self.on_best(step, self.best["metrics"])
-            if self.on_latest:
-                self.on_latest(step)
+            with untouched(self.network):
+                checkpoint.save(run, step, self._state(ranks), fill)
+                if self._new_best and self.best and self.on_best:
+                    self.on_best(step, self.best["metrics"])
+                if self.on_latest:
+                    self.on_latest(step)
             keep = {*self.referenced(), *([self.best["step"]] if self.best else [])}
             checkpoint.prune(run, max(self.args.save_total_limit or 1, 1), keep)
         self._new_best = False
         self.accelerator.wait_for_everyone()
 
-    def _state(self, randoms: list[Any]) -> dict[str, Any]:
+    def _state(self, ranks: list[Any]) -> dict[str, Any]:
         scaler = getattr(self.accelerator, "scaler", None)
         return {
             "tensors": checkpoint.tensors(self.network),
             "optimizer": checkpoint.optimizer_state(self._plain_optimizer(), self._names()),
             "schedule": self.lr_scheduler.last_epoch if self.lr_scheduler else 0,
             "scaler": scaler.state_dict() if scaler else None,
-            "random": randoms,
-            "progress": {
-                "best": self.best,
-                "without_gain": self.without_gain,
-                "seconds": self.seconds,
-                "window": {name: [float(s), n] for name, (s, n) in self._window.items()},
-            },
+            "ranks": ranks,
+            "best": self.best,
+            "without_gain": self.without_gain,
+            "seconds": self.seconds,
         }
 
     def _plain_optimizer(self) -> torch.optim.Optimizer:
@@ -339,10 +337,10 @@ class LoraTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         state = checkpoint.load(resume_from_checkpoint)
         checkpoint.load_tensors(self.network, state["tensors"])
-        progress = state["progress"]
-        self.best, self.without_gain = progress["best"], progress["without_gain"]
-        self._seconds_before, self._began = progress["seconds"], time.monotonic()
-        self._window = {name: list(entry) for name, entry in progress["window"].items()}
+        self.best, self.without_gain = state["best"], state["without_gain"]
+        self._seconds_before, self._began = state["seconds"], time.monotonic()
+        own = state["ranks"][self.args.process_index % len(state["ranks"])]
+        self._window = {name: list(entry) for name, entry in own["window"].items()}
         self._resumed = state
         if self.run_log:
             self.run_log.rewind(state["step"])
@@ -365,7 +363,7 @@ class LoraTrainer(Trainer):
     def _load_rng_state(self, checkpoint_path: str | None) -> None:
         if checkpoint_path is None:
             return
-        randoms = self._resumed["random"]
-        if len(randoms) != self.args.world_size:
-            say(f"resumed on {self.args.world_size} processes instead of {len(randoms)}: not exact")
-        checkpoint.set_random_state(randoms[self.args.process_index % len(randoms)])
+        ranks = self._resumed["ranks"]
+        if len(ranks) != self.args.world_size:
+            say(f"resumed on {self.args.world_size} processes instead of {len(ranks)}: not exact")
+        checkpoint.set_random_state(ranks[self.args.process_index % len(ranks)]["random"])

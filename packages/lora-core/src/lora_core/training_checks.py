@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainingArguments
 
 from lora_core import checkpoint
 from lora_core.errors import ConfigError, DataError, NumericError
 from lora_core.report import say
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 def check_samples(train_set: Any, args: TrainingArguments) -> None:

@@ -57,7 +57,7 @@ class Flow(TrainerCallback):
             self.before = {
                 name: p.detach().clone()
                 for name, p in trainer.network.named_parameters()
-                if p.requires_grad and (".lora_B." in name or ".lora_embedding_B." in name)
+                if p.requires_grad and ("lora_B." in name or "lora_embedding_B." in name)
             }
             if trainer.measure is not None:
                 trainer.evaluate()

@@ -42,6 +42,7 @@ TABLE = {
     "click5_iou": "+5 clicks", "iou_ge_50": ">=0.50", "iou_ge_75": ">=0.75", "iou_ge_90": ">=0.90",
     "iou_ge_95": ">=0.95", "precision": "precision", "recall": "recall",
 }  # fmt: skip
+CAPTIONS = {"base": "base", "lora": "LoRA", "model": "model"}
 TIMED_PICTURES = 20
 
 
@@ -213,17 +214,20 @@ def report(figures: dict[str, dict[str, float]]) -> str:
     from lora_core.report import table
 
     first = next(iter(figures.values()))
-    rows = [["filled box", "", "", f"{first['filled_box_iou']:.4f}", *[""] * (len(TABLE) - 3)]]
-    rows += [[name, *(f"{values[key]:.4f}" for key in TABLE)] for name, values in figures.items()]
+    boxes = [f"{first['filled_box_iou']:.4f}" if key == "box_iou" else "" for key in TABLE]
+    rows = [["filled box", *boxes]]
+    for name, values in figures.items():
+        rows.append([CAPTIONS[name], *(f"{values[key]:.4f}" for key in TABLE)])
     lines = [table(["", *TABLE.values()], rows)]
     lines.append(f"{first['objects']:.0f} objects in {first['images']:.0f} pictures")
     if first["empty_images"]:
         alarms = ", ".join(
-            f"{name} {values['false_positive_images']:.0f}" for name, values in figures.items()
+            f"{values['false_positive_images']:.0f} ({CAPTIONS[name]})"
+            for name, values in figures.items()
         )
         lines.append(
-            f"{first['empty_images']:.0f} pictures without objects; the automatic grid finds some "
-            f"in: {alarms}"
+            f"without objects: {first['empty_images']:.0f} pictures; the automatic grid finds some "
+            f"in {alarms}"
         )
     for name, values in figures.items():
         classes = {key: value for key, value in values.items() if key.startswith("class_iou/")}
@@ -231,7 +235,7 @@ def report(figures: dict[str, dict[str, float]]) -> str:
             text = "  ".join(
                 f"{key.partition('/')[2]} {value:.4f}" for key, value in classes.items()
             )
-            lines.append(f"IoU per class, {name}: {text}")
+            lines.append(f"IoU per class, {CAPTIONS[name]}: {text}")
     return "\n".join(lines)
 
 
@@ -332,7 +336,7 @@ def write_examples(folder: Path, predictor: Predictor, pictures: EvalSet, option
 
     for record in islice((record for record in pictures if record.objects), options.examples):
         stem = re.sub(r"[^\w+-]+", "_", str(Path(record.key).with_suffix("")))
-        sheet = compare(predictor, record, _models(options))
+        sheet = compare(predictor, record, [CAPTIONS[name] for name in _models(options)])
         save(folder / f"{options.name}_{stem}.png", sheet)
 
 

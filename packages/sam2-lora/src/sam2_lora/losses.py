@@ -135,16 +135,12 @@ def official_terms(
     size = (targets.shape[-2], targets.shape[-1])
     targets = targets[:, None] > 0
     present = targets.flatten(1).any(1, keepdim=True)
-    weight = (
-        present.float() if rule.object_scores else torch.ones_like(present, dtype=torch.float32)
-    )
+    weight = (present if rule.object_scores else torch.ones_like(present)).float()
     with torch.no_grad():
         full = upscale(masks, size)
         true_iou = mask_iou(full > 0, targets)
-        cost = rule.mask * focal_loss(full, targets).mean((-2, -1)) + rule.dice * dice_loss(
-            full, targets
-        )
-        best = cost.argmin(1)
+        focal, dice = focal_loss(full, targets).mean((-2, -1)), dice_loss(full, targets)
+        best = (rule.mask * focal + rule.dice * dice).argmin(1)
         del full
     chosen = upscale(pick(masks, best), size)
     difference = scores.float() - true_iou
@@ -196,11 +192,10 @@ def loss(model: Sam2Model, batch: dict[str, Any], cfg: Config) -> tuple[Tensor, 
         user would get, as the mean over the objects that have a target; without any such object
         these two are left out.
     """
-    features = (
-        Features(**batch["features"])
-        if "features" in batch
-        else encode(model, batch["pixel_values"])
-    )
+    if "features" in batch:
+        features = Features(**batch["features"])
+    else:
+        features = encode(model, batch["pixel_values"])
     legacy = cfg.loss == "legacy"
     rule = LEGACY if legacy else Rule()
     num_objects = _object_count(batch, features.image_embed.device)

@@ -14,6 +14,8 @@ from lora_core.report import say
 if TYPE_CHECKING:
     from transformers import Sam2Model
 
+    from sam2_lora.export import Merged
+
 
 @dataclass
 class Options:
@@ -58,8 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     refuse_existing(Path(options.output), options.overwrite)
     checkpoint = options.checkpoint or _recorded_base(options.adapter)
     model = load(checkpoint, adapter=options.adapter)
-    say(export(model, options.output, options.dtype, options.overwrite))
-    _mention_limits(model, Path(options.output))
+    merged = export(model, options.output, options.dtype, options.overwrite)
+    say(merged)
+    _mention_limits(model, merged)
     return 0
 
 
@@ -72,13 +75,21 @@ def _recorded_base(adapter: str) -> str:
     return base["file"]
 
 
-def _mention_limits(model: Sam2Model, output: Path) -> None:
+def _mention_limits(model: Sam2Model, merged: Merged) -> None:
+    """Say what a user of the file must know and cannot see."""
+    from sam2_lora.export import TOLERANCE
     from sam2_lora.model import image_size
 
     height, width = image_size(model)
-    if (height, width) != (1024, 1024):
-        say(f"Trained at {height}x{width} pixels, a size that no checkpoint file records.")
+    side = model.config.prompt_encoder_config.image_size
+    if (height, width) != (side, side):
+        say(
+            f"Trained at {height}x{width} pixels, while the model is made for {side}x{side}: "
+            f"use it with --image_size {height}x{width}"
+        )
+    if max(merged.difference.values()) > TOLERANCE:
+        say("The difference comes from half precision; --dtype fp32 is exact.")
     if model.sam2_base.has_video:
         say("The video memory is the base's: it was not adapted to the new image features.")
-    elif output.suffix:
-        say("The base holds the image part only, so the official program will not load the file.")
+    elif merged.path.is_file():
+        say("The base has no video memory, so the official program will not load the file.")

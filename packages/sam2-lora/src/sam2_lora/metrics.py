@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import Sam2Model
 
     from sam2_lora.data import EvalSet
+    from sam2_lora.masks import Object
 
 IOU_LEVELS = (50, 75, 90, 95)  # per cent
 CLICKS = (3, 5)  # correction clicks after which masks are scored
@@ -81,16 +82,12 @@ class Tally:
     def summary(self) -> dict[str, float]:
         """Means over the masks, shares that reach an IoU, and pooled figures; NaN without masks."""
         scores = self.scores()
-        tp, fp, fn = (
-            (sum(column) for column in zip(*self.counts, strict=True)) if self.counts else (0, 0, 0)
-        )
         figures = {name: mean(values) for name, values in scores.items()}
         for level in IOU_LEVELS:
             figures[f"iou_ge_{level}"] = mean(scores["iou"] >= level / 100)
-        pooled = Tally([(tp, fp, fn)]).scores()
-        figures["pooled_iou"] = float(pooled["iou"][0])
-        figures["pooled_dice"] = float(pooled["dice"][0])
-        return figures
+        tp, fp, fn = (sum(count[k] for count in self.counts) for k in range(3))
+        pooled = Tally([(tp, fp, fn)] if self.counts else []).scores()
+        return figures | {f"pooled_{name}": mean(pooled[name]) for name in ("iou", "dice")}
 
     def class_iou(self) -> dict[str, float]:
         """Mean IoU of the masks of each class."""
@@ -216,7 +213,7 @@ def _report(tallies: dict[str, Tally]) -> dict[str, float]:
     return figures
 
 
-def _chunks(objects: Sequence) -> Iterator[tuple[NDArray[np.bool_], list[str]]]:
+def _chunks(objects: Sequence[Object]) -> Iterator[tuple[NDArray[np.bool_], list[str]]]:
     """Masks [n, H, W] and labels of some objects at a time, so that memory stays bounded."""
     start = 0
     while start < len(objects):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -203,7 +203,8 @@ def enable_gradient_checkpointing(model: Sam2Model) -> None:
 class Base:
     """Where a network's frozen weights came from; `model.sam2_base`."""
 
-    path: Path
+    path: Path  # absolute
+    name: str  # without folders; a hub id as it was given
     format: str  # see official.OfficialFile
     variant: str  # published name or "custom"
     fingerprint: str  # see base_fingerprint
@@ -236,7 +237,10 @@ def load(
     Raises:
         CheckpointError: missing, damaged or of another model: see `official.read_official`.
     """
-    model = from_file(official.read_official(official.find_checkpoint(checkpoint)))
+    path = official.find_checkpoint(checkpoint)
+    model = from_file(official.read_official(path))
+    if path.name != Path(checkpoint).name:  # the hub's cache has other names
+        model.sam2_base = replace(model.sam2_base, name=str(checkpoint))
     if adapter is not None:
         metadata = load_adapter(model, adapter)
         size = size or _trained_size(metadata)
@@ -253,13 +257,19 @@ def from_file(file: official.OfficialFile) -> Sam2Model:
     """
     model = network(file.variant)
     official.check_fit(file, names.to_official(model.state_dict()))
-    # assign=True takes the tensors as they are, without first filling a network with random ones.
     state = names.to_transformers(file.image)
     # A copy each, so that the two positional matrices are two tensors.
     state = {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}
     model.load_state_dict(state, strict=True, assign=True)
     has_video = len(file.image) < len(file.tensors)
-    model.sam2_base = Base(file.path, file.format, file.variant.name, fingerprint(model), has_video)
+    model.sam2_base = Base(
+        path=file.path.absolute(),
+        name=file.path.name,
+        format=file.format,
+        variant=file.variant.name,
+        fingerprint=fingerprint(model),
+        has_video=has_video,
+    )
     return model.requires_grad_(False).eval()
 
 
@@ -288,7 +298,7 @@ def adapter_metadata(model: Sam2Model) -> dict[str, Any]:
     """What an adapter must remember to be used correctly: its base and its image size."""
     base = model.sam2_base
     return {
-        "base": {"file": base.path.name, "variant": base.variant, "fingerprint": base.fingerprint},
+        "base": {"file": base.name, "variant": base.variant, "fingerprint": base.fingerprint},
         "image_size": list(image_size(model)),
     }
 

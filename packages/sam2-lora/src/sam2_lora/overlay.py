@@ -77,7 +77,7 @@ def panels(pictures: Sequence[tuple[str, NDArray[np.uint8]]], title: str = "") -
         title: a line above all panels.
     """
     height, width = pictures[0][1].shape[:2]
-    letters = max(16, max(height, width) // 48)  # pixels
+    letters = max(16, min(2 * height, width) // 48)  # pixels
     font = ImageFont.load_default(size=letters)
     line = letters * 8 // 5
     gap = line // 2

@@ -197,7 +197,7 @@ def predict_one(
     rows: list[tuple[str, Callable[[], Any]]] = []
     if options.adapter and options.compare_base:
         rows.append(("base", lambda: adapters_off(predictor.model)))
-    rows.append(("with LoRA" if options.adapter else "prediction", nullcontext))
+    rows.append(("LoRA" if options.adapter else "prediction", nullcontext))
     found = []
     for caption, context in rows:
         with context():

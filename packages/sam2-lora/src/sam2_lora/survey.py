@@ -6,7 +6,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 from lora_core.errors import DataError
@@ -113,24 +112,16 @@ def subset(records: Sequence[Record], count: int) -> list[Record]:
 
 
 def doubles(some: Sequence[Record], others: Sequence[Record]) -> list[str]:
-    """Keys of `some` whose picture is among `others` too: the same file, or the same bytes.
+    """Keys of `some` whose picture is, byte for byte, among `others` too.
 
-    Only what agrees in length is opened, and only what agrees in its beginning is read wholly.
+    What does not agree in length is never opened, what does not begin alike never read wholly.
     """
-    lengths = {_length(record) for record in some} & {_length(record) for record in others}
-    alike: dict[tuple[int, bytes], list[Path]] = {}
-    for record in others:
-        if _length(record) in lengths:
-            alike.setdefault((_length(record), _beginning(record)), []).append(record.image)
-    return [
-        record.key
-        for record in some
-        if _length(record) in lengths
-        and any(
-            path == record.image or path.read_bytes() == record.image.read_bytes()
-            for path in alike.get((_length(record), _beginning(record)), [])
-        )
-    ]
+    for fingerprint in (_length, _beginning, _content):
+        mine, theirs = [[fingerprint(r) for r in records] for records in (some, others)]
+        both = set(mine) & set(theirs)
+        some = [record for record, mark in zip(some, mine, strict=True) if mark in both]
+        others = [record for record, mark in zip(others, theirs, strict=True) if mark in both]
+    return [record.key for record in some]
 
 
 def _length(record: Record) -> int:
@@ -139,4 +130,8 @@ def _length(record: Record) -> int:
 
 def _beginning(record: Record) -> bytes:
     with record.image.open("rb") as file:
-        return hashlib.sha256(file.read(2**16)).digest()
+        return file.read(2**12)
+
+
+def _content(record: Record) -> bytes:
+    return hashlib.sha256(record.image.read_bytes()).digest()

@@ -1,0 +1,172 @@
+"""The table of what is adapted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from torch import nn
+
+from lora_core.full_training import FullTensor
+from lora_core.layers import AdapterSpec, LoraLayer
+from lora_core.mechanisms import WrappedLayer
+from lora_core.report import table
+
+
+@dataclass(frozen=True)
+class Row:
+    """One adapter of one module."""
+
+    path: str
+    kind: str
+    mechanism: str
+    r: int
+    alpha: float
+    parameters: int
+    note: str = ""
+
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """What rows that share a line of the table have in common."""
+        return (self.kind, self.mechanism, self.r, self.alpha, self.note)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is adapted. Printing it gives a table in which like neighbours share a line.
+
+    Attributes:
+        rows: one per adapted module and adapter, in module order.
+        full: state-dict keys that are trained in full -> number of values.
+        trainable, total: parameters that require gradients, and all.
+    """
+
+    rows: tuple[Row, ...]
+    full: dict[str, int]
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        lines = [
+            (
+                path + (f"  x {len(group)}" if len(group) > 1 else ""),
+                group[0].kind,
+                group[0].mechanism,
+                str(group[0].r),
+                f"{group[0].alpha:g}",
+                sum(row.parameters for row in group),
+                group[0].note,
+            )
+            for path, group in grouped(self.rows)
+        ]
+        lines += [
+            (path, "trained in full", "", "", "", count, "")
+            for path, count in _by_module(self.full).items()
+        ]
+        header = ("module", "kind", "mechanism", "r", "alpha", "parameters", "note")
+        share = 100 * self.trainable / max(1, self.total)
+        return (
+            f"{table(header, lines)}\n{len(self.rows)} adapted modules, {self.trainable:,} of "
+            f"{self.total:,} parameters train ({share:.2f} %)"
+        )
+
+
+def summarise(
+    model: nn.Module,
+    layers: Mapping[str, LoraLayer],
+    full: Mapping[str, FullTensor],
+    names: Sequence[str],
+) -> Summary:
+    """The table of the named adapters."""
+    rows = []
+    for path, layer in layers.items():
+        for name in names:
+            if name not in layer.lora_adapters:
+                continue
+            spec = layer.lora_adapters[name]
+            notes = [f"adapter {name}"] if len(names) > 1 else []
+            notes += _notes(spec, _is_called(model, path, layer))
+            size = sum(p.numel() for p in layer.lora_parameters(name).values())
+            kind = layer.lora_base_class.__name__
+            rows.append(Row(path, kind, spec.mechanism, spec.r, spec.alpha, size, ", ".join(notes)))
+    shown = {
+        key: entry.tensor.numel() for key, entry in full.items() if entry.adapters & set(names)
+    }
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    trainable = sum(size for size, flag in sizes if flag)
+    return Summary(tuple(rows), shown, trainable, sum(size for size, _ in sizes))
+
+
+def _notes(spec: AdapterSpec, is_called: bool) -> list[str]:
+    """What a reader of the table could not guess."""
+    notes = []
+    if spec.slices:
+        notes.append("rows " + " ".join(f"{name}[{a}:{b}]" for name, a, b in spec.slices))
+    if len(spec.weight_names) > 1:
+        notes.append(" ".join(spec.weight_names))
+    if spec.groups > 1:
+        notes.append(f"{spec.groups} groups: not for plain PEFT")
+    if spec.use_dora:
+        notes.append("DoRA")
+    if spec.freeze_A:
+        notes.append("A frozen")
+    if spec.dropout and spec.kind == "embedding":
+        notes.append("no dropout on tokens")
+    elif spec.dropout and not is_called:
+        notes.append("dropout of input channels")
+    return notes
+
+
+def _is_called(model: nn.Module, path: str, layer: LoraLayer) -> bool:
+    """Whether the model calls the layer's fast forward, which can drop single elements of x."""
+    parent = model.get_submodule(path.rpartition(".")[0])
+    return isinstance(layer, WrappedLayer) and not isinstance(parent, nn.MultiheadAttention)
+
+
+Group: TypeAlias = tuple[tuple[str, ...], list[Row]]  # components of the path, the rows
+
+
+def grouped(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """Rows that differ only in numbers of their paths together, as (path, rows).
+
+    One component after the other, so that `a.{0..2}.b.{0..1}` always means all six.
+    """
+    groups: list[Group] = [(tuple(row.path.split(".")), [row]) for row in rows]
+    for place in range(max((len(parts) for parts, _ in groups), default=0)):
+        alike: dict[tuple[object, ...], list[Group]] = {}
+        for parts, members in groups:
+            number = place < len(parts) and parts[place].isdigit()
+            around = parts[:place] + parts[place + 1 :] if number else parts
+            alike.setdefault((around, number, members[0].alike), []).append((parts, members))
+        groups = [_joined(same, place) for same in alike.values()]
+    return [(".".join(parts), members) for parts, members in groups]
+
+
+def _joined(groups: Sequence[Group], place: int) -> Group:
+    parts = groups[0][0]
+    if len(groups) > 1:
+        span = _span([int(other[place]) for other, _ in groups])
+        parts = (*parts[:place], span, *parts[place + 1 :])
+    return parts, [row for _, members in groups for row in members]
+
+
+def _span(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> "{0..2,5}"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    texts = [f"{run[0]}..{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
+    return "{" + ",".join(texts) + "}"
+
+
+def _by_module(full: Mapping[str, int]) -> dict[str, int]:
+    """Keys trained in full, added up by module."""
+    sums: dict[str, int] = {}
+    for key, count in full.items():
+        path = key.rpartition(".")[0]
+        sums[path] = sums.get(path, 0) + count
+    return sums

@@ -1,0 +1,301 @@
+"""Adapter files that are damaged, hostile, or of another model: refused, the model untouched."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from lora_core.adapter_file import load_adapter, save_adapter
+from lora_core.config import LoraConfig, Slices
+from lora_core.errors import CheckpointError
+from lora_core.inject import inject, lora_layers
+from lora_core.merge import merge
+from lora_core.testing import disturb
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+FORMS = ["adapter", "adapter.pt"]
+PLAIN = LoraConfig(["qkv", "proj"], r=3)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__()
+        self.conv = nn.Conv1d(8, 8, 3)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"qkv": nn.Linear(8, 24), "proj": nn.Linear(8, 8)}) for _ in range(2)
+        )
+        self.head = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 5))
+
+
+def trained(config):
+    model = Net()
+    inject(model, config)
+    disturb(model)
+    return model
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """An adapter directory with factors, a slice and modules trained in full."""
+    config = LoraConfig(
+        ["qkv", "proj"],
+        r=3,
+        slices={"qkv": Slices(("q", "k", "v"), ("q", "v"), (8, 4, 12))},
+        modules_to_save=["head"],
+    )
+    return save_adapter(trained(config), tmp_path / "adapter")
+
+
+def edit(path, change):
+    """Rewrite the tensors of a directory; our own facts go, as when PEFT saves again."""
+    tensors = safetensors.torch.load_file(path / WEIGHTS)
+    tensors = {key.removeprefix("base_model.model."): value for key, value in tensors.items()}
+    change(tensors)
+    prefixed = {f"base_model.model.{key}": value for key, value in tensors.items()}
+    safetensors.torch.save_file(prefixed, path / WEIGHTS)
+
+
+def state(model):
+    return {
+        "bits": {key: value.clone() for key, value in model.state_dict().items()},
+        "trainable": [name for name, p in model.named_parameters() if p.requires_grad],
+        "types": [type(module) for module in model.modules()],
+    }
+
+
+def refused(path, *parts, **options):
+    """Loading fails with the file and these parts in the message, and the model is as it was."""
+    model = Net()
+    before = state(model)
+    with pytest.raises(CheckpointError) as failure:
+        load_adapter(model, path, **options)
+    message = str(failure.value)
+    for part in (Path(path).name, *parts):
+        assert part in message, message
+    after = state(model)
+    assert after["trainable"] == before["trainable"]
+    assert after["types"] == before["types"]
+    assert after["bits"].keys() == before["bits"].keys()
+    assert all(torch.equal(after["bits"][key], value) for key, value in before["bits"].items())
+    return message
+
+
+A0 = "blocks.0.qkv.lora_A.weight"
+WRONG_TENSORS = {
+    "missing_factor": (lambda t: t.pop(A0), [f"{A0} is missing"]),
+    "missing_layer": (
+        lambda t: [t.pop(key) for key in list(t) if key.startswith("blocks.1.proj.")],
+        ["blocks.1.proj: its tensors are missing"],
+    ),
+    "missing_head": (lambda t: t.pop("head.1.bias"), ["head.1.bias is missing"]),
+    "unknown_module": (
+        lambda t: t.update({"blocks.0.qvk.lora_A.weight": t.pop(A0)}),
+        ["blocks.0.qvk: no such module", "did you mean 'blocks.0.qkv'"],
+    ),
+    "unexpected_tensor": (
+        lambda t: t.update({"blocks.0.proj.lora_magnitude_vector": torch.ones(8)}),
+        ["blocks.0.proj.lora_magnitude_vector is unexpected"],
+    ),
+    "not_trained_in_full": (
+        lambda t: t.update({"conv.weight": torch.ones(8, 8, 3)}),
+        ["conv.weight is unexpected"],
+    ),
+    "all_of_another_model": (
+        lambda t: [t.update({f"other.{key}": t.pop(key)}) for key in list(t)],
+        ["0 of 15 adapter tensors match"],
+    ),
+    "wrong_shape": (
+        lambda t: t.update({A0: torch.ones(6, 9)}),
+        [f"{A0} has shape (6, 9)", "needs (6, 8)"],
+    ),
+    "wrong_rank": (
+        lambda t: t.update({A0: torch.ones(4, 8), A0.replace("_A", "_B"): torch.ones(24, 4)}),
+        [f"{A0} has shape (4, 8)", "rank 6", "needs (6, 8)"],
+    ),
+    "wrong_head": (
+        lambda t: t.update({"head.1.bias": torch.ones(4)}),
+        ["head.1.bias has shape (4,)"],
+    ),
+    "nan": (lambda t: t[A0].__setitem__((0, 0), float("nan")), [A0, "NaN"]),
+    "inf": (lambda t: t[A0].__setitem__((0, 0), float("inf")), [A0, "infinite"]),
+    "integers": (lambda t: t.update({A0: torch.ones(6, 8, dtype=torch.long)}), [A0, "int64"]),
+    "no_lora": (
+        lambda t: [t.pop(key) for key in list(t) if "lora" in key],
+        ["is no LoRA adapter", "head.0."],
+    ),
+    "nothing": (lambda t: t.clear(), ["no tensors at all"]),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG_TENSORS)
+def test_tensors_that_do_not_fit_are_refused_by_name(saved, fault):
+    change, parts = WRONG_TENSORS[fault]
+    edit(saved, change)
+    refused(saved, *parts)
+
+
+def test_all_problems_are_reported_together(saved):
+    def spoil(tensors):
+        for key in list(tensors):
+            if key.endswith("lora_A.weight"):
+                tensors[key] = torch.ones(5, 8)
+
+    edit(saved, spoil)
+    assert refused(saved).count("has shape (5, 8)") == 4
+
+
+def test_values_outside_the_slices_are_refused(saved):
+    data = (saved / WEIGHTS).read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    start = 8 + size + header["base_model.model.blocks.0.qkv.lora_B.weight"]["data_offsets"][0]
+    row = start + 4 * 6 * 9  # row 9 belongs to k, which has no adapter
+    (saved / WEIGHTS).write_bytes(data[:row] + b"\0\0\x80\x3f" + data[row + 4 :])
+    refused(saved, "blocks.0.qkv", "outside the rows of the slices")
+
+
+SETTINGS = {
+    "alpha_zero": ({"lora_alpha": 0}, ["alpha", "0"]),
+    "alpha_text": ({"lora_alpha": "big"}, ["'big'"]),
+    "rank_negative": ({"r": -1}, ["-1"]),
+    "other_rank": ({"r": 4}, ["rank 4"]),
+    "other_method": ({"peft_type": "LOHA"}, ["'LOHA'", "0.21.2"]),
+    "no_rank": ({"r": None}, ["no r"]),
+    "future_field": ({"hyper_lora": {"x": 1}, "peft_version": "9.0"}, ["hyper_lora", "9.0"]),
+    "dora_without_magnitude": ({"use_dora": True}, ["lora_magnitude_vector is missing"]),
+    "moved_base": ({"init_lora_weights": "pissa"}, ["pissa", "Convert it"]),
+    "bad_pattern": ({"target_modules": "(("}, ["bad pattern"]),
+    "conv1d_of_gpt2": ({"fan_in_fan_out": True}, ["fan_in_fan_out"]),
+}
+
+
+@pytest.mark.parametrize("fault", SETTINGS)
+def test_settings_that_cannot_be_are_refused(saved, fault):
+    edit(saved, lambda tensors: None)
+    change, parts = SETTINGS[fault]
+    config = {
+        k: v
+        for k, v in (json.loads((saved / CONFIG).read_text()) | change).items()
+        if v is not None or k == "task_type"
+    }
+    (saved / CONFIG).write_text(json.dumps(config))
+    refused(saved, *parts)
+
+
+def test_a_configuration_changed_by_hand_is_followed_as_peft_would(saved):
+    config = json.loads((saved / CONFIG).read_text()) | {"lora_alpha": 1}
+    (saved / CONFIG).write_text(json.dumps(config))
+    loaded = Net()
+    with pytest.warns(UserWarning, match=r"changed after saving \(lora_alpha\)"):
+        load_adapter(loaded, saved)
+    assert lora_layers(loaded)["blocks.0.proj"].lora_adapters["default"].alpha == 1
+
+
+DAMAGE = {
+    "empty": (b"", ["is empty"]),
+    "html": (b"<!DOCTYPE html><html>404</html>", ["web page"]),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", ["Git LFS pointer"]),
+    "text": (b"these are not the weights", ["damaged"]),
+    "huge_header": ((10**12).to_bytes(8, "little") + b"{}", ["damaged"]),
+}
+
+
+@pytest.mark.parametrize("fault", DAMAGE)
+@pytest.mark.parametrize("form", FORMS)
+def test_damaged_files_are_named_for_what_they_are(tmp_path, form, fault):
+    data, parts = DAMAGE[fault]
+    path = save_adapter(trained(PLAIN), tmp_path / form)
+    file = path / WEIGHTS if path.is_dir() else path
+    file.write_bytes(data)
+    refused(path, file.name, *parts)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_truncation_anywhere_is_noticed(tmp_path, form):
+    path = save_adapter(trained(PLAIN), tmp_path / form)
+    file = path / WEIGHTS if path.is_dir() else path
+    data = file.read_bytes()
+    for eighth in range(1, 8):
+        file.write_bytes(data[: len(data) * eighth // 8])
+        refused(path, "damaged")
+
+
+def test_a_header_with_a_name_twice_is_refused(saved):
+    data = (saved / WEIGHTS).read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    text = data[8 : 8 + size].rstrip()
+    entry = json.dumps(json.loads(text)[f"base_model.model.{A0}"])
+    text = text[:-1] + f',"base_model.model.{A0}":{entry}}}'.encode()
+    (saved / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+    refused(saved, "twice")
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch canary",)
+
+
+def test_a_pickle_that_would_run_a_program_is_refused_and_does_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"format": 1, "config": {}, "tensors": {}, "x": Hostile()}, tmp_path / "a.pth")
+    refused(tmp_path / "a.pth", "posix.system", "could run a program")
+    (tmp_path / "b.pt").write_bytes(pickle.dumps(Hostile()))
+    refused(tmp_path / "b.pt")
+    assert not (tmp_path / "canary").exists()
+
+
+def test_objects_of_old_checkpoints_are_named_by_their_class(tmp_path):
+    torch.save({"config": Path("x"), "tensors": {}}, tmp_path / "a.pth")
+    refused(tmp_path / "a.pth", "pathlib.")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.zeros(1).expand(10**7, 10**5),
+        torch.zeros(3, 3).to_sparse(),
+        torch.ones(2, device="meta"),
+    ],
+    ids=["huge_view", "sparse", "meta"],
+)
+def test_tensors_that_are_no_plain_values_are_refused(tmp_path, value):
+    torch.save({"blocks.0.qkv.lora_A.weight": value}, tmp_path / "a.pth")
+    refused(tmp_path / "a.pth", "blocks.0.qkv.lora_A.weight", lora_alpha=1)
+
+
+def test_missing_paths_name_what_is_there(saved):
+    refused(saved.parent / "adaptor.pt", "does not exist")
+    refused(saved.parent / "adaptor", "does not exist", "did you mean 'adapter'")
+    refused(saved.parent, "is no adapter", "adapter")
+    (saved / CONFIG).unlink()
+    edit(saved, lambda tensors: None)
+    refused(saved, "adapter_config.json is missing")
+
+
+def test_a_file_of_a_later_program_says_so(tmp_path):
+    path = save_adapter(trained(PLAIN), tmp_path / "a.pt")
+    content = torch.load(path, weights_only=True)
+    torch.save(content | {"format": 3}, path)
+    refused(path, "written as format 3", "reads up to 1")
+
+
+def test_a_full_checkpoint_is_not_taken_for_an_adapter(tmp_path):
+    torch.save(Net().state_dict(), tmp_path / "model.pt")
+    refused(tmp_path / "model.pt", "is no LoRA adapter", lora_alpha=1)
+    torch.save({"model": Net().state_dict()}, tmp_path / "nested.pt")
+    refused(tmp_path / "nested.pt", "expected tensors by name", lora_alpha=1)
+
+
+def test_loading_over_merged_adapters_is_refused(saved):
+    model = trained(PLAIN)
+    merge(model)
+    before = state(model)["bits"]
+    with pytest.raises(CheckpointError, match="unmerge"):
+        load_adapter(model, saved, "second")
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
