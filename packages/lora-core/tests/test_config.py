@@ -15,7 +15,7 @@ from lora_core.errors import ConfigError
 @dataclass
 class Lora:
     rank: int = option(8, "Rank.")
-    blocks: list[int] = option([], "Blocks to adapt.")  # noqa: RUF009
+    blocks: list[int] = option([], "Blocks to adapt.")
 
 
 @dataclass
@@ -28,8 +28,8 @@ class Settings:
     image_size: str = option("1024", "Side.", "model")
     hflip: bool = option(True, "Mirror.", "data")
     adapter: str | None = option(None, "Start here.", "model")
-    data_root: Path = option(Path("data"), "Folder.", "data")  # noqa: RUF009
-    names: list[str] = option(["qkv"], "Layers.", "model")  # noqa: RUF009
+    data_root: Path = option(Path("data"), "Folder.", "data")
+    names: list[str] = option(["qkv"], "Layers.", "model")
     lora: Lora = field(default_factory=Lora)
     trainer: dict[str, Any] = field(default_factory=dict)
 

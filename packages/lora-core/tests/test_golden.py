@@ -157,6 +157,7 @@ def case_model(case):
     return Wrapped("lin", layer)
 
 
+@pytest.mark.filterwarnings("ignore:a rank above")  # the case `conv` has such a layer
 @pytest.mark.parametrize(
     "case",
     [
@@ -188,6 +189,7 @@ def test_outputs_and_gradients_are_pefts(case):
         assert torch.equal(model(x), base)
 
 
+@pytest.mark.filterwarnings("ignore:a rank above")
 @pytest.mark.parametrize(
     "case", ["linear", "linear_rslora", "linear_lora_bias", "linear_dora", "conv", "conv_dora"]
 )

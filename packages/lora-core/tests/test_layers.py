@@ -256,7 +256,7 @@ def test_dora_output_is_that_of_the_merged_weights(kind):
 
 @all_kinds
 def test_only_the_adapter_learns(kind):
-    base, model, x = build(kind)
+    _, model, x = build(kind)
     before = bits(model)
     trained = {key for key, p in model.named_parameters() if p.requires_grad}
     assert trained == {key for key, _ in model.named_parameters() if ".lora_" in key}
@@ -382,6 +382,7 @@ def test_fast_paths_of_torch_run_and_see_the_adapter():
     torch.testing.assert_close(fast, attention(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_whole_encoder_with_padding_sees_the_adapter():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)

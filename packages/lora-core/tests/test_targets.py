@@ -26,7 +26,7 @@ def tower():
     return module
 
 
-@pytest.fixture()
+@pytest.fixture
 def model():
     module = nn.Module()
     module.vision, module.text = tower(), tower()
@@ -54,7 +54,7 @@ def test_the_end_of_a_path_names_all_in_module_order(model):
 
 
 def test_an_end_begins_at_a_dot(model):
-    with pytest.raises(ConfigError, match="'proj' matches no module.*'q_proj'"):
+    with pytest.raises(ConfigError, match=r"'proj' matches no module.*'q_proj'"):
         paths(model, ["proj"])
 
 
@@ -130,7 +130,7 @@ def test_last_blocks_keep_the_end_of_a_list(model):
     assert found == ["vision.blocks.1.fc1", "vision.blocks.2.fc1", "text.blocks.2.fc1"]
     with pytest.raises(ConfigError, match=r"has 3 blocks, 4 were asked for \(1 to 3\)"):
         paths(model, ["fc1"], last_blocks={"vision.blocks": 4})
-    with pytest.raises(ConfigError, match="Lists: text.blocks, vision.blocks"):
+    with pytest.raises(ConfigError, match=r"Lists: text\.blocks, vision\.blocks"):
         paths(model, ["fc1"], last_blocks={"vision.layers": 1})
     with pytest.raises(ConfigError, match="is no list of blocks"):
         paths(model, ["fc1"], last_blocks={"vision": 1})

@@ -331,9 +331,8 @@ def test_legacy_loss_trains_on_the_first_of_three_masks(
 
 
 def _count_of_rank(rank: int, port: int, found: Any) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(rank)
-    )
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank)}
     torch.distributed.init_process_group("gloo")
     targets = torch.zeros(1 + 2 * rank, 8, 8)
     found.put(losses._object_count({"buckets": [{"targets": targets}]}, torch.device("cpu")))

@@ -156,6 +156,13 @@ def test_a_prompt_outside_its_picture_is_refused(pictures: Path) -> None:
         predict.main(["--images", str(pictures), "--checkpoint", "no.pt", "--points", "200,40"])
 
 
+def test_files_that_are_no_pictures_are_reported_together(pictures: Path) -> None:
+    for name in ("x.png", "y.png"):
+        (pictures / name).write_text("nothing to see")
+    with pytest.raises(DataError, match=r"x\.png(.|\n)*y\.png"):
+        predict.main(["--images", str(pictures), "--checkpoint", "no.pt"])
+
+
 def test_faults_of_a_prompt_file_are_reported_together(pictures: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompts.json"
     file.write_text(json.dumps({"A.png": {"points": [[1, 2]]}, "b.png": {"points": [["x", 2]]},

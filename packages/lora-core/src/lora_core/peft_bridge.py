@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def fast_linear(config: peft.LoraConfig) -> peft.LoraConfig:
     """Let PEFT use our function for every exact `nn.Linear` that it adapts with plain LoRA.
 
-    Changes and returns `config`. Where PEFT builds its layers otherwise than we know, it only warns.
+    Changes and returns `config`; for a PEFT that builds its layers in an unknown way, only warns.
     """
     from peft.tuners.lora.layer import Linear
 

@@ -52,6 +52,7 @@ class LoraTrainer(Trainer):
         on_best: called as `(step, metrics)` on rank 0 after the checkpoint of a new best.
         on_latest: called as `(step)` on rank 0 after every checkpoint.
         save_adapter: `path -> None`, writes the adapter directory; default: `lora_core`'s.
+        shown: names of the metrics that are printed; None: all. The log gets every one.
         referenced: gives steps whose checkpoints must stay because other files refer to them.
         b_lr_ratio: learning rate of B over that of A (LoRA+).
 
@@ -61,6 +62,11 @@ class LoraTrainer(Trainer):
         NumericError: a loss or gradient that is not finite, before any weight has moved; or
             adapters that did not move in the first update.
     """
+
+    # Trainer's own, whose types depend on the release.
+    control: Any
+    optimizer: Any
+    lr_scheduler: Any
 
     def __init__(
         self,
@@ -77,6 +83,7 @@ class LoraTrainer(Trainer):
         on_best: Callable[[int, dict[str, float]], object] | None = None,
         on_latest: Callable[[int], object] | None = None,
         save_adapter: Callable[[Path], object] | None = None,
+        shown: Collection[str] | None = None,
         referenced: Callable[[], Collection[int]] = tuple,
         b_lr_ratio: float = 1.0,
         callbacks: list[TrainerCallback] | None = None,
@@ -85,6 +92,7 @@ class LoraTrainer(Trainer):
         check_trainable(model)
         self.network = model
         self.run_log, self.patience, self.min_delta = log, patience, min_delta
+        self.shown = shown
         self.on_best, self.on_latest = on_best, on_latest
         self.measure, self.referenced, self.b_lr_ratio = evaluate, referenced, b_lr_ratio
         self.write_adapter = save_adapter or self._write_adapter
@@ -118,7 +126,7 @@ class LoraTrainer(Trainer):
 
     # -- the loop: what Trainer leaves open ----------------------------------------------------
 
-    def train(  # type: ignore[override]
+    def train(
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
     ) -> Any:
         """Train, or continue exactly from a checkpoint folder of this run (True: the latest)."""
@@ -197,7 +205,7 @@ class LoraTrainer(Trainer):
         if self.lr_scheduler is None:
             self._created_lr_scheduler = True
             self.lr_scheduler = LambdaLR(
-                optimizer or self.optimizer,  # type: ignore[arg-type]
+                optimizer or self.optimizer,
                 lambda update: lr_factor(update, warmup, num_training_steps),
             )
         return self.lr_scheduler
@@ -215,7 +223,8 @@ class LoraTrainer(Trainer):
             epoch = self.state.epoch
             self.run_log.write(step, "val", epoch=epoch, **metrics, seconds=self.seconds)
         what = f"step {step}  validation" if step else "before training"
-        figures = "  ".join(f"{name} {figure(value)}" for name, value in metrics.items())
+        shown = metrics if self.shown is None else [name for name in self.shown if name in metrics]
+        figures = "  ".join(f"{name} {figure(metrics[name])}" for name in shown)
         say(f"{what}  {figures}  ({duration(took)}){note}")
         if self.patience is not None and self.without_gain >= self.patience:
             self._stop_early(next(iter(metrics)))

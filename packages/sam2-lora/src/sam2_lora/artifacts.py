@@ -126,6 +126,11 @@ class Artifacts:
             if path != newest:
                 path.unlink()
 
+    def steps(self) -> set[int]:
+        """Steps of the adapter files, each of which names the state to continue from."""
+        patterns = (_BEST, _LATEST)
+        return {int(name["step"]) for pattern in patterns for _, name in self._matching(pattern)}
+
     def final(self, step: int, has_best: bool) -> None:
         """Save the adapter of the last step; without validation it stands for the best, too."""
         from sam2_lora.export import export

@@ -127,7 +127,7 @@ def report(folder: Path, runs: Sequence[Run]) -> None:
     plain = Predictor.load(base, image_size=(128, 128))
     adapted = [Predictor.load(base, adapter=run.folder / "adapter") for run in runs]
     merged = [Predictor.load(merged_file(run), image_size=(128, 128)) for run in runs]
-    rows = [
+    rows: list[list[object]] = [
         ["filled box", *score_boxes(pictures)],
         ["base", *score(plain, pictures)],
         ["LoRA", *mean_of([score(predictor, pictures) for predictor in adapted])],

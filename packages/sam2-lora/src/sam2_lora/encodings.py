@@ -75,12 +75,10 @@ def _fill_runs(
 ) -> Object:
     """Sorted runs [start, end) of pixels numbered down the columns; touches only their columns."""
     height = size[0]
-    first = int(starts[0]) // height
-    last = (int(ends[-1]) - 1) // height
-    steps = np.zeros((last - first + 1) * height + 1, dtype=np.int8)
-    np.add.at(steps, starts - first * height, 1)
-    np.subtract.at(steps, ends - first * height, 1)
-    filled = np.cumsum(steps[:-1], dtype=np.int8).astype(bool)
+    first, end = int(starts[0]) // height, -(-int(ends[-1]) // height)
+    edges = np.stack([starts, ends], 1).ravel() - first * height
+    lengths = np.diff(edges, prepend=0, append=(end - first) * height)
+    filled = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
     return trim(filled.reshape(-1, height).T, (first, 0), size, label)
 
 

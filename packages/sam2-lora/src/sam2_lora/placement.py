@@ -8,8 +8,9 @@ from lora_core.config import LoraConfig
 from sam2_lora.config import Config
 
 if TYPE_CHECKING:
-    from lora_core.inject import Summary
     from transformers import Sam2Config, Sam2Model
+
+    from lora_core.inject import Summary
 
 _ATTENTION = r"(self_attn|cross_attn_token_to_image|cross_attn_image_to_token)"
 

@@ -8,7 +8,7 @@ For every picture it writes `<stem>_mask.png` (0 background, 1, 2, ... the insta
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -31,22 +31,16 @@ if TYPE_CHECKING:
 class Options:
     """Settings of `sam2-lora predict`."""
 
-    images: list[str] = option(  # noqa: RUF009 - each instance gets its own list
-        MISSING, "Pictures, or folders of pictures.", "input"
-    )
+    images: list[str] = option(MISSING, "Pictures, or folders of pictures.", "input")
     checkpoint: str = option(
         "sam2_hiera_large.pt", "Base model, or a merged model (then without --adapter).", "model"
     )
     adapter: str | None = option(None, "Adapter directory or .torch file.", "model")
-    points: list[str] = option(  # noqa: RUF009
+    points: list[str] = option(
         [], "Clicks x,y in pixels, all on one object of each picture.", "prompts"
     )
-    labels: list[int] = option(  # noqa: RUF009
-        [], "1 (on the object) or 0 (beside it) for each click.", "prompts"
-    )
-    boxes: list[str] = option(  # noqa: RUF009
-        [], "Boxes x0,y0,x1,y1 in pixels, one object each.", "prompts"
-    )
+    labels: list[int] = option([], "1 (on the object) or 0 (beside it) for each click.", "prompts")
+    boxes: list[str] = option([], "Boxes x0,y0,x1,y1 in pixels, one object each.", "prompts")
     prompts: str | None = option(
         None,
         'JSON file {"a.jpg": {"points": [[x, y], ...], "labels": [1, ...], '
@@ -71,7 +65,8 @@ class Options:
     min_area: int = option(16, "Drop masks with fewer pixels.", "automatic")
     tile: int = option(
         0,
-        "Cut larger pictures into overlapping squares of this many pixels; 0: never.",
+        "Cut larger pictures into overlapping squares of this many pixels, which should be larger "
+        "than the objects; 0: never.",
         "automatic",
     )
     image_size: str | None = option(
@@ -124,7 +119,6 @@ def main(argv: Sequence[str]) -> int:
 
     from lora_core.report import say
     from lora_core.tensor_file import atomic_write
-    from sam2_lora.image import read_image
     from sam2_lora.predictor import Predictor
 
     size = parse_size(options.image_size) if options.image_size else None
@@ -133,18 +127,11 @@ def main(argv: Sequence[str]) -> int:
     )
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
-    results = []
-    for image in images:
-        rgb = read_image(image)
-        found = predict_one(predictor, rgb, prompts[image], options)
-        write_picture(folder, image, rgb, prompts[image], found)
-        instances = found[-1][1]
-        results.append((image.name, (rgb.shape[0], rgb.shape[1]), instances))
-        say(f"{image.name}: {len(instances)} object{'s' * (len(instances) != 1)}")
+    content = coco(predict_all(predictor, prompts, options))
     with atomic_write(folder / "predictions.json") as file:
-        file.write(json.dumps(coco(results)).encode())
+        file.write(json.dumps(content).encode())
     say(f"{len(images)} picture{'s' * (len(images) != 1)} -> {folder.absolute()}")
-    if not any(instances for _, _, instances in results):
+    if not content["annotations"]:
         say("nothing found: try a lower --min_score and --min_stability, or give points")
     return 0
 
@@ -186,6 +173,22 @@ def find_images(names: Sequence[str]) -> list[Path]:
 
 
 # -- looking -------------------------------------------------------------------------------------
+
+
+def predict_all(
+    predictor: Predictor, prompts: Mapping[Path, Sequence[Prompt]], options: Options
+) -> Iterator[tuple[str, tuple[int, int], list[Instance]]]:
+    """Name, size (H, W) and instances of one picture after the other; their files are written."""
+    from lora_core.report import say
+    from sam2_lora.image import read_image
+
+    for image, given in prompts.items():
+        rgb = read_image(image)
+        found = predict_one(predictor, rgb, given, options)
+        write_picture(Path(options.output), image, rgb, given, found)
+        _, instances = found[-1]
+        say(f"{image.name}: {len(instances)} object{'s' * (len(instances) != 1)}")
+        yield image.name, (rgb.shape[0], rgb.shape[1]), instances
 
 
 def predict_one(

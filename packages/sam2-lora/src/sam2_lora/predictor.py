@@ -82,7 +82,7 @@ class Predictor:
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigError(f"--device {device}: torch sees no CUDA device; use cpu or auto")
         model = load(checkpoint, image_size, adapter)
-        model.to(device)  # type: ignore[arg-type]  # transformers' decorator loses the signature
+        model.to(device)
         return cls(model, precision)
 
     def set_image(self, rgb: NDArray[np.uint8]) -> None:

@@ -62,6 +62,11 @@ def train(argv: Sequence[str]) -> int:
 
     log = RunLog(run.folder, run.csv(cfg), COLUMNS, cfg.tensorboard)
     artifacts = Artifacts(run, network, cfg)
+
+    def keep_latest(step: int) -> None:
+        artifacts.latest(step)
+        show(network, splits.val, log, step)
+
     trainer = LoraTrainer(
         network,
         training_arguments(
@@ -88,9 +93,11 @@ def train(argv: Sequence[str]) -> int:
         log=log,
         patience=cfg.patience if splits.val else None,
         min_delta=cfg.min_delta,
+        shown=SHOWN,
         on_best=artifacts.best,
-        on_latest=lambda step: (artifacts.latest(step), show(network, splits.val, log, step)),
+        on_latest=keep_latest,
         save_adapter=lambda path: model.save_adapter(network, path),
+        referenced=artifacts.steps,
     )
     trainer.train(resume_from_checkpoint=bool(cfg.resume) or None)
     conclude(trainer, artifacts, splits, cfg)

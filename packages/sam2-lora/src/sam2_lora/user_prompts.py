@@ -45,7 +45,8 @@ def read_prompts(
 
     Raises:
         ConfigError: flags that cannot be read as prompts.
-        DataError: faults of the file, all together; or prompts outside of their picture.
+        DataError: faults of the file; or files that are no pictures and prompts outside of their
+            picture; each time all of them together.
     """
     if file is not None:
         prompts = _read_file(Path(file), images)
@@ -57,7 +58,7 @@ def read_prompts(
         except DataError as error:
             raise ConfigError(str(error)) from None
         prompts = dict.fromkeys(images, given)
-    _check_inside({image: given for image, given in prompts.items() if given})
+    _check_inside(prompts)
     return prompts
 
 
@@ -153,7 +154,11 @@ def _check_inside(prompts: dict[Path, list[Prompt]]) -> None:
 
     problems = []
     for image, given in prompts.items():
-        size = read_size(image)
+        try:
+            size = read_size(image)
+        except DataError as error:
+            problems.append(str(error))
+            continue
         problems += [
             f"{image.name}: {prompt} lies outside the picture of {size[1]}x{size[0]} pixels"
             for prompt in given
