@@ -150,14 +150,13 @@ def test_merged_weights_are_the_recorded_ones(case):
     for key, value in model.state_dict().items():
         if f"merged.{key}" in golden.io:
             assert_close_golden(value, golden.io[f"merged.{key}"])
-    assert_close_golden(model[name](golden.io["in.x"]), golden.io["out.merged"])
+    assert_close_golden(model[name].eval()(golden.io["in.x"]), golden.io["out.merged"])
 
 
 def test_rows_between_slices_keep_their_bits():
     model = trained(CASES["slices"])
     with torch.no_grad():
         model.qkv.weight[8:16:2] = -0.0
-        model._parameters if False else None
     before = bits(model)
     state = merged_state_dict(model)
     for key in ("qkv.weight", "attn.in_proj_weight"):
@@ -249,7 +248,7 @@ def test_a_base_that_does_not_fit_is_refused():
 
 
 def test_noise_of_a_weak_adapter_in_bf16_is_reported_and_warned_about():
-    model = trained(CASES["linear"], size=0.003).to(torch.bfloat16)
+    model = trained(CASES["linear"], size=0.0005).to(torch.bfloat16)
     with pytest.warns(UserWarning, match=r"rounding took a large part .* fp32 base"):
         report = merge(model)
     before = dict(Net().to(torch.bfloat16).named_parameters())
@@ -365,7 +364,7 @@ def test_a_probe_that_changes_too_much_undoes_the_merge():
         calls.append(1)
         return out(model) * len(calls)
 
-    with pytest.raises(NumericError, match="changed the probe's output by 1.0e"):
+    with pytest.raises(NumericError, match=r"changed the probe's output by 1\.0e"):
         merge(model, probe=drifting)
     assert_same(model, before)
 

@@ -81,7 +81,7 @@ class FeatureCache:
     def _read(self, path: Path) -> dict[str, Tensor] | None:
         try:
             data = path.read_bytes()
-        except FileNotFoundError:  # never written, or just evicted by another process
+        except OSError:  # never written, evicted by another process, or nowhere to be read from
             return None
         if hashlib.sha256(memoryview(data)[DIGEST:]).digest() != data[:DIGEST]:
             self.healed += 1

@@ -15,11 +15,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lora_core.errors import CheckpointError, ConfigError, NumericError, listing, near
+from lora_core.errors import CheckpointError, ConfigError, NumericError, near
 from lora_core.inject import full_tensors, lora_layers
-from lora_core.layers import BIAS_OF, LoraLayer
-from lora_core.mechanisms import TiedLayer
+from lora_core.layers import LoraLayer
 from lora_core.module_names import clean, join, unwrapped
+from lora_core.state_keys import changed_names, keys_of, own_state, refuse_ties
 
 NOISE_LIMIT = 0.1  # share of the adapters' effect that rounding may take without a warning
 # How much of a probe's largest output merging may change: some roundings of the weights' dtype.
@@ -52,14 +52,6 @@ class MergeReport:
         return f"{text}, largest output error {self.output_error:.1e}"
 
 
-@dataclass(frozen=True)
-class _Merged:
-    """One layer's merged tensors by parameter name, in their final dtype, and their noise."""
-
-    tensors: dict[str, Tensor]
-    noise: dict[str, float]
-
-
 def merge(
     model: nn.Module,
     probe: Callable[[nn.Module], Tensor] | None = None,
@@ -85,16 +77,20 @@ def merge(
     model = unwrapped(model)
     layers = _mergeable(model)
     if not untie:
-        _refuse_ties(model, layers)
+        refuse_ties(model)
     before = None if probe is None else _output(model, probe)
-    plan = {path: _merged(path, layer, layer.lora_active, dtype) for path, layer in layers.items()}
-    for path, merged in plan.items():
-        _apply(layers[path], merged.tensors, untie)
-    noise = {join(path, key): v for path, merged in plan.items() for key, v in merged.noise.items()}
+    plan = {}
+    for path, layer in layers.items():
+        own = {name: layer.lora_raw(name) for name in changed_names(layer)}
+        plan[path] = _merged(path, layer, layer.lora_active, dtype, own)
+    noise: dict[str, float] = {}
+    for path, (tensors, part) in plan.items():
+        _apply(layers[path], tensors, untie)
+        noise |= {join(clean(path), name): value for name, value in part.items()}
     report = MergeReport(noise)
     if probe is not None and before is not None:
         report = MergeReport(noise, _difference(before, _output(model, probe)))
-        dtypes = {tensor.dtype for merged in plan.values() for tensor in merged.tensors.values()}
+        dtypes = {tensor.dtype for tensors, _ in plan.values() for tensor in tensors.values()}
         bound = max(TOLERANCE.get(dtype, 0.1) for dtype in dtypes)
         if not (report.output_error or 0.0) <= bound:
             unmerge(model)
@@ -154,33 +150,31 @@ def merged_state_dict(
         ConfigError, NumericError: as for `merge`.
     """
     model = unwrapped(model)
-    layers = lora_layers(model)
     if not untie:
-        _refuse_ties(model, layers)
-    own = _own_state(model, layers)
-    names = {key: rename(key) if rename and base is not None else key for key in own}
+        refuse_ties(model)
+    own = own_state(model)
     result = dict(own if base is None else base)
+    in_result = rename if rename and base is not None else str
     changed: dict[str, Tensor] = {}
-    if base is not None:  # its values are not the trained ones; the model's own state has them
-        changed = {clean(key): own[clean(key)] for key in _trained_in_full(model)}
+    if base is not None:  # `own` has them already
+        changed = {in_result(clean(key)): own[clean(key)] for key in _trained_in_full(model)}
     noise: dict[str, float] = {}
-    for path, layer in layers.items():
-        adapters = layer.lora_merged or tuple(layer.lora_active)
-        if not adapters or (base is None and layer.lora_merged):
+    for path, layer in lora_layers(model).items():
+        adapters = layer.lora_merged or layer.lora_active
+        if base is None and layer.lora_merged:
             continue
-        keys = {name: join(clean(path), name) for name in _changed_names(layer, adapters)}
-        into = None
-        if base is not None:
-            into = {name: _of_base(base, names[key], own[key]) for name, key in keys.items()}
-        merged = _merged(path, layer, adapters, dtype, into)
-        noise |= {keys[name]: value for name, value in merged.noise.items()}
-        for name, tensor in merged.tensors.items():
-            changed |= dict.fromkeys([keys[name], *_readers(model, layer, name)], tensor)
+        places = {}  # a weight that the model has under several keys may have one in the file
+        for name in changed_names(layer, adapters):
+            keys = [in_result(key) for key in keys_of(model, layer, name)]
+            places[name] = [key for key in keys if key in result] or keys[:1]
+        into = {n: _like(result, keys[0], layer.lora_raw(n)) for n, keys in places.items()}
+        tensors, part = _merged(path, layer, adapters, dtype, into)
+        noise |= {join(clean(path), name): value for name, value in part.items()}
+        for name, tensor in tensors.items():
+            changed |= dict.fromkeys(places[name], tensor)
     for key, tensor in changed.items():
-        if base is not None:
-            like = _of_base(base, names[key], tensor)
-            tensor = tensor.to(like.device, like.dtype)
-        result[names[key]] = tensor
+        old = _like(result, key, tensor)
+        result[key] = tensor.to(old.device, old.dtype)
     _warn(noise)
     return result
 
@@ -220,52 +214,6 @@ def _mergeable(model: nn.Module) -> dict[str, LoraLayer]:
     return active
 
 
-def _refuse_ties(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
-    """Refuse to change a weight whose memory belongs to another parameter as well.
-
-    Layers that share an adapted weight and read it with its adapter (`TiedLayer`) are no problem.
-    """
-    spans: dict[int, list[tuple[int, int, str, nn.Module]]] = {}
-    for path, module in model.named_modules():
-        for name, tensor in module._parameters.items():
-            if tensor is None or tensor.is_meta or hasattr(tensor, "full_tensor"):
-                continue
-            start = tensor.data_ptr()
-            stop = start + tensor.numel() * tensor.element_size()
-            storage = tensor.untyped_storage().data_ptr()
-            spans.setdefault(storage, []).append((start, stop, join(path, name), module))
-    problems = []
-    for shared in spans.values():
-        for start, stop, key, module in shared:
-            if not isinstance(module, LoraLayer) or not _is_changed(module, key):
-                continue
-            problems += [
-                f"{key} and {other}"
-                for a, b, other, holder in shared
-                if holder is not module and a < stop and start < b
-                if not (isinstance(holder, TiedLayer) and holder.lora_owner is module)
-            ]
-    if problems:
-        raise ConfigError(
-            "merging would change weights that are shared:\n"
-            f"{listing(problems)}\nPass untie=True to give the merged ones memory of their own"
-        )
-
-
-def _is_changed(layer: LoraLayer, key: str) -> bool:
-    return key.rpartition(".")[2] in _changed_names(layer, layer.lora_active)
-
-
-def _changed_names(layer: LoraLayer, adapters: Iterable[str]) -> list[str]:
-    """The parameters that these adapters change."""
-    names: list[str] = []
-    for adapter in adapters:
-        spec = layer.lora_adapters[adapter]
-        names += spec.weight_names
-        names += [BIAS_OF[spec.weight_name]] if spec.lora_bias else []
-    return list(dict.fromkeys(names))
-
-
 def _warn(noise: Mapping[str, float]) -> None:
     loud = {key: value for key, value in noise.items() if value > NOISE_LIMIT}
     if loud:
@@ -285,22 +233,26 @@ def _merged(
     layer: LoraLayer,
     adapters: Iterable[str],
     dtype: torch.dtype,
-    base: Mapping[str, Tensor] | None = None,
-) -> _Merged:
-    """`round(W + sum of c dW)` of one layer, checked; W from `base` or the layer itself."""
+    base: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """`round(W + sum of c dW)` of one layer, checked, and its noise, by parameter name.
+
+    `base` has the W by parameter name.
+    """
     exact = layer.lora_merged_weights(list(adapters), dtype, base)
-    result = _Merged({}, {})
+    tensors: dict[str, Tensor] = {}
+    noise: dict[str, float] = {}
     for name, value in exact.items():
-        W = (layer.lora_raw(name) if base is None else base[name]).detach()
+        W = base[name].detach()
         before = W.to(value.device, dtype)
         rounded = value.to(W.dtype)
         _check_finite(join(path, name), before, value, rounded)
         effect = (value - before).double().norm().item()
         error = (rounded.to(dtype) - value).double().norm().item()
         # An unchanged weight keeps its very bits: -0 + 0 would give +0.
-        result.tensors[name] = torch.where(value == before, W.to(value.device), rounded)
-        result.noise[name] = error / effect if effect else 0.0
-    return result
+        tensors[name] = torch.where(value == before, W.to(value.device), rounded)
+        noise[name] = error / effect if effect else 0.0
+    return tensors, noise
 
 
 def _check_finite(key: str, before: Tensor, exact: Tensor, rounded: Tensor) -> None:
@@ -357,42 +309,14 @@ def _difference(before: Tensor, after: Tensor) -> float:
 # State dicts
 
 
-def _own_state(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, Tensor]:
-    """The model's state dict without adapters and without the names of wrappers inside it."""
-    return {
-        clean(key): tensor
-        for key, tensor in model.state_dict().items()
-        if not any(key.startswith(f"{join(path, 'lora_')}") for path in _ancestors(key, layers))
-    }
-
-
-def _ancestors(key: str, layers: Mapping[str, LoraLayer]) -> list[str]:
-    """The adapted layers that a key lies in."""
-    parts = key.split(".")
-    paths = [".".join(parts[:i]) for i in range(len(parts))]
-    return [path for path in paths if path in layers]
-
-
 def _trained_in_full(model: nn.Module) -> set[str]:
     """Keys of what the adapters on the model trained besides their factors."""
     names = getattr(model, "_lora_configs", {})
     return {key for name in names for key in full_tensors(model, name)}
 
 
-def _readers(model: nn.Module, layer: LoraLayer, name: str) -> list[str]:
-    """State-dict keys of the layers that share a weight with an adapted one."""
-    raw = layer.lora_raw(name)
-    return [
-        join(clean(path), key)
-        for path, module in model.named_modules()
-        if isinstance(module, TiedLayer) and module.lora_owner is layer
-        for key, parameter in module._parameters.items()
-        if parameter is raw
-    ]
-
-
-def _of_base(base: Mapping[str, Tensor], key: str, own: Tensor) -> Tensor:
-    """The base file's tensor for one of the model's."""
+def _like(base: Mapping[str, Tensor], key: str, own: Tensor) -> Tensor:
+    """The tensor of a base checkpoint in whose place one of the model's will be."""
     if key not in base:
         hint = near(key, base)
         raise CheckpointError(f"the base checkpoint has no {key}{hint and '; ' + hint}")
@@ -402,7 +326,7 @@ def _of_base(base: Mapping[str, Tensor], key: str, own: Tensor) -> Tensor:
             f"{key} has shape {tuple(found.shape)} in the base checkpoint, "
             f"{tuple(own.shape)} in the model: this is another base"
         )
-    if not found.is_floating_point():
+    if own.is_floating_point() and not found.is_floating_point():
         raise CheckpointError(
             f"{key} is quantised ({found.dtype}) in the base checkpoint: merge into a "
             "full-precision one"

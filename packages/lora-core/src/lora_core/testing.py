@@ -24,8 +24,17 @@ from torch import Tensor, nn
 from lora_core.adapter_file import load_adapter, save_adapter
 from lora_core.config import LoraConfig
 from lora_core.errors import UserError
-from lora_core.inject import adapters_off, inject, lora_layers, remove, trainable_parameters
+from lora_core.inject import (
+    _configs,
+    adapters_off,
+    full_tensors,
+    inject,
+    lora_layers,
+    remove,
+    trainable_parameters,
+)
 from lora_core.merge import merge, merged_state_dict, unmerge
+from lora_core.module_names import join
 
 # -- recorded numbers --------------------------------------------------------------------------
 
@@ -95,13 +104,17 @@ class Case:
     rename: Callable[[str], str] | None = None
     tolerance: float = 1e-5
 
-    def base(self) -> nn.Module:
-        """The frozen base in evaluation mode.
+    def base(self, like: nn.Module | None = None) -> nn.Module:
+        """The base in evaluation mode, frozen, or with the parameters trainable that are in `like`.
 
-        Frozen, because torch chooses other kernels for a matrix product whose weight requires
-        gradients, which may round otherwise.
+        torch chooses other kernels for a product with a weight that requires gradients, which may
+        round otherwise: models whose bits are compared must agree in this.
         """
-        return self.make_model().eval().requires_grad_(False)
+        model = self.make_model().eval().requires_grad_(False)
+        trainable = {} if like is None else dict(_trainable(like))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trainable)
+        return model
 
     def adapted(self, trained: bool = True) -> nn.Module:
         """A model with an adapter, in evaluation mode; trained: with random values."""
@@ -132,7 +145,8 @@ def disturb(model: nn.Module, size: float = 0.03, seed: int = 0) -> None:
 
 def injection_changes_no_bit(case: Case, _: Path) -> None:
     """A fresh adapter leaves the output, the base's keys and its values as they were."""
-    base, model = case.base(), case.adapted(trained=False)
+    model = case.adapted(trained=False)
+    base = case.base(like=model)
     state = model.state_dict()
     for key, value in base.state_dict().items():
         assert torch.equal(state[key], value), f"{key} changed"
@@ -147,6 +161,9 @@ def only_adapters_train(case: Case, _: Path) -> None:
     model = case.adapted(trained=False).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     trainable = dict(_trainable(model))
+    own = _of_adapters(model)
+    beside = trainable.keys() - own
+    assert not beside, f"trains besides the adapters: {sorted(beside)[:5]}"
     at_zero = {name for name, p in trainable.items() if not p.any()}
     optimizer = torch.optim.AdamW(trainable.values(), lr=1e-3, weight_decay=0)
     for expected in (at_zero, set(trainable)):
@@ -157,8 +174,22 @@ def only_adapters_train(case: Case, _: Path) -> None:
         optimizer.step()
         still = {name for name in expected if torch.equal(trainable[name], before[name])}
         assert not still, f"{len(still)} of {len(expected)} did not move: {sorted(still)[:5]}"
-    for key, value in model.state_dict().items():
-        assert key in trainable or torch.equal(value, before[key]), f"frozen {key} changed"
+    for name, parameter in model.named_parameters():
+        assert name in trainable or parameter.grad is None, f"a gradient reaches frozen {name}"
+    for key, value in model.state_dict().items():  # statistics of trained modules may move too
+        assert key in own or torch.equal(value, before[key]), f"frozen {key} changed"
+
+
+def _of_adapters(model: nn.Module) -> set[str]:
+    """Names of all parameters that belong to adapters, or that adapters train in full."""
+    layers = lora_layers(model).items()
+    own = {
+        join(path, key)
+        for path, layer in layers
+        for name in layer.lora_adapters
+        for key in layer.lora_parameters(name)
+    }
+    return own | {key for name in _configs(model) for key in full_tensors(model, name)}
 
 
 def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_HOME = {"Config": "config", "Predictor": "predict", "build": "model", "load": "data"}
+_HOME = {"Config": "config", "Predictor": "predictor", "build": "model", "load": "data"}
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from sam2_lora.config import Config as Config
     from sam2_lora.data import load as load
     from sam2_lora.model import build as build
-    from sam2_lora.predict import Predictor as Predictor
+    from sam2_lora.predictor import Predictor as Predictor
 
 
 def __getattr__(name: str) -> Any:

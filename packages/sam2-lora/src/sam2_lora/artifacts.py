@@ -173,6 +173,8 @@ class Artifacts:
             "step": step,
             "state": f"state/checkpoint-{step}",
             "targets": self.cfg.targets,
+            "dataset_size": self.cfg.dataset_size,
+            "batch_size": self.cfg.batch_size,
             "learning_rate": self.cfg.learning_rate,
             "weight_decay": self.cfg.weight_decay,
             "seed": self.cfg.seed,

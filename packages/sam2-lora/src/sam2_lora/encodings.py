@@ -6,7 +6,6 @@ Every decoder takes untrusted values: it checks them before it allocates, and sa
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import zlib
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lora_core.errors import DataError
-from sam2_lora.image import MAX_PIXELS
+from sam2_lora.image import DAMAGED, TooLarge, open_bounded
 from sam2_lora.masks import Mask, Object, Size, trim, union
 
 PNG_BYTES = 64 * 2**20  # a bitmap's PNG may not unpack to more
@@ -57,9 +56,8 @@ def decode_runs(text: str, size: Size, label: str = "") -> Object:
     starts, ends = starts[order], (starts + lengths)[order]
     if (starts[1:] < ends[:-1]).any():
         first = int(np.argmax(starts[1:] < ends[:-1]))
-        raise DataError(
-            f"run lengths: runs {starts[first] + 1} and {starts[first + 1] + 1} overlap"
-        )
+        one, two = starts[first] + 1, starts[first + 1] + 1
+        raise DataError(f"run lengths: the runs at {one} and {two} overlap")
     return _fill_runs(starts, ends, size, label)
 
 
@@ -145,9 +143,7 @@ def _decompress(text: str | bytes, limit: int) -> list[int]:
         if len(numbers) > 2:
             value += numbers[-2]
         if abs(value) > limit:
-            raise DataError(
-                f"run lengths: count {value} is larger than the picture ({limit} pixels)"
-            )
+            raise DataError(f"run lengths: count {value} in a picture of {limit} pixels")
         numbers.append(value)
         value = shift = 0
     if shift:
@@ -180,17 +176,13 @@ def decode_bitmap(data: str, origin: tuple[int, int], size: Size, label: str = "
         png = packed.decompress(base64.b64decode(data, validate=True), PNG_BYTES)
         if packed.unconsumed_tail or not packed.eof:
             raise DataError("bitmap: cut off, or larger than 64 MB")
-        with Image.open(io.BytesIO(png), formats=("PNG",)) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise DataError(f"bitmap: {picture.width} x {picture.height} pixels are too many")
+        with open_bounded(io.BytesIO(png), ("PNG",)) as picture:
             return trim(_foreground(picture), origin, size, label)
-    except (
-        binascii.Error,
-        zlib.error,
-        OSError,
-        SyntaxError,
-        Image.DecompressionBombError,
-    ) as error:
+    except DataError:
+        raise
+    except TooLarge as error:
+        raise DataError(f"bitmap: {error}") from None
+    except (zlib.error, *DAMAGED) as error:
         raise DataError(f"bitmap: not base64 of zlib of a PNG: {error}") from None
 
 

@@ -15,10 +15,10 @@ from __future__ import annotations
 import stat
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -35,8 +35,14 @@ MAX_PIXELS = 150_000_000  # a Sentinel-2 tile has 121 million
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # JPEG includes MPO, stereo pictures
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 _SIDEWAYS = {5, 6, 7, 8}  # EXIF orientations that swap width and height
+# The ways in which decoders say that a file is damaged.
+DAMAGED = (OSError, SyntaxError, EOFError, ValueError, struct.error)
 
 Coordinates = TypeVar("Coordinates", Tensor, NDArray[np.floating])
+
+
+class TooLarge(Exception):
+    """More pixels than are decoded."""
 
 
 # -- files -----------------------------------------------------------------------------------------
@@ -125,31 +131,43 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
         # A pipe or device would block the reader for ever, so the kind is checked before opening.
         if not stat.S_ISREG(path.stat().st_mode):
             raise DataError(f"{path}: not a regular file")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our bound is lower
-            picture = Image.open(path, formats=FORMATS)
-        with picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise DataError(
-                    f"{path}: {picture.width} x {picture.height} pixels are more than "
-                    f"{MAX_PIXELS // 10**6} million; cut the picture into tiles"
-                )
+        with open_bounded(path) as picture:
             yield picture
     except DataError:
         raise
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: {_what_is(path, error)}") from None
-    except (OSError, SyntaxError, EOFError, ValueError, struct.error) as error:
-        # all of them are ways in which the decoders say "damaged"
+    except TooLarge as error:
+        raise DataError(f"{path}: {error}; cut the picture into tiles") from None
+    except UnidentifiedImageError:
+        raise DataError(f"{path}: {_what_is(path)}") from None
+    except DAMAGED as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
 
 
-def _what_is(path: Path, error: Exception) -> str:
+def open_bounded(file: Path | BinaryIO, formats: Sequence[str] = FORMATS) -> Image.Image:
+    """Read a picture's header.
+
+    Raises:
+        TooLarge: it announces more than `MAX_PIXELS`.
+        Exception: one of `DAMAGED`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we have our own bound
+            picture = Image.open(file, formats=formats)
+    except Image.DecompressionBombError:
+        raise TooLarge(f"more than {MAX_PIXELS // 10**6} million pixels") from None
+    if picture.width * picture.height > MAX_PIXELS:
+        picture.close()
+        raise TooLarge(
+            f"{picture.width} x {picture.height} pixels are more than {MAX_PIXELS // 10**6} million"
+        )
+    return picture
+
+
+def _what_is(path: Path) -> str:
     """Why a file is no picture, from its first bytes."""
-    if isinstance(error, Image.DecompressionBombError):
-        return f"more than {MAX_PIXELS // 10**6} million pixels; cut the picture into tiles"
     head = path.read_bytes()[:64] if path.stat().st_size < 2**20 else b"?"
     if not head:
         return "the file is empty"
@@ -198,7 +216,9 @@ def preprocess(rgb: Tensor | NDArray[np.uint8], size: tuple[int, int]) -> Tensor
     Returns:
         float32 [3, height, width].
     """
-    pixels = torch.as_tensor(rgb).permute(2, 0, 1)[None].float() / 255
+    # A copy: what PIL gives is read-only, of which torch warns.
+    picture = rgb if isinstance(rgb, Tensor) else torch.tensor(rgb)
+    pixels = picture.permute(2, 0, 1)[None].float() / 255
     pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True, align_corners=False)
     mean, std = (
         torch.tensor(values, device=pixels.device)[:, None, None] for values in (MEAN, STD)

@@ -1,0 +1,236 @@
+"""The feature cache: bit-equal, found by content, healed when damaged, bounded, shared."""
+
+import multiprocessing
+import os
+import shutil
+import time
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from lora_core.cache import FeatureCache, fingerprint
+from lora_core.config import LoraConfig
+from lora_core.errors import CheckpointError
+from lora_core.inject import inject
+from lora_core.merge import merge
+from lora_core.testing import disturb
+
+GB = 10**9
+
+
+def values(seed=0):
+    """Tensors of many dtypes, shapes and memory layouts."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4, 6, 2, generator=generator)
+    return {
+        "float": x,
+        "transposed": x.transpose(0, 1),
+        "half": x.half(),
+        "bf16": x.bfloat16(),
+        "double": x.double(),
+        "index": torch.arange(5),
+        "mask": x > 0,
+        "byte": torch.arange(256, dtype=torch.uint8),
+        "scalar": torch.tensor(3.5),
+        "empty": torch.empty(0, 3),
+        "odd": torch.tensor([float("nan"), float("inf"), -0.0]),
+    }
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype
+        assert found[name].shape == value.shape
+        assert found[name].is_contiguous()
+        raw = [t.contiguous().flatten().view(torch.uint8) for t in (found[name], value)]
+        assert torch.equal(*raw), name
+
+
+def never():
+    raise AssertionError("computed again")
+
+
+def entries(folder):
+    return sorted(folder.glob("*/*.features"))
+
+
+def test_values_come_back_bit_for_bit_from_memory_and_from_disk(tmp_path):
+    cache = FeatureCache(tmp_path, GB)
+    same(cache.get({"image": "a"}, values), values())
+    same(cache.get({"image": "a"}, never), values())
+    same(FeatureCache(tmp_path, GB).get({"image": "a"}, never), values())
+    assert (cache.hits, cache.misses) == (1, 1)
+
+
+def test_gradients_and_live_tensors_are_not_kept(tmp_path):
+    x = torch.ones(3, requires_grad=True)
+    found = FeatureCache(tmp_path, GB).get({"k": "v"}, lambda: {"y": x * 2})
+    assert not found["y"].requires_grad
+
+
+def test_every_part_of_the_key_counts_and_its_order_does_not(tmp_path):
+    cache = FeatureCache(tmp_path, GB)
+    keys = [
+        {"a": "1", "b": "2"},
+        {"a": "1"},
+        {"a": "12"},
+        {"a": "1", "b": "2 "},
+        {"b": "1", "a": "2"},
+    ]
+    for seed, key in enumerate(keys):
+        cache.get(key, lambda seed=seed: values(seed))
+    for seed, key in enumerate(keys):
+        same(cache.get(dict(reversed(key.items())), never), values(seed))
+    with pytest.raises(TypeError, match="must be strings"):
+        cache.get({"a": 1}, values)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "header", "text"])
+def test_a_damaged_entry_is_computed_again(tmp_path, damage):
+    cache = FeatureCache(tmp_path, GB)
+    cache.get({"k": "v"}, values)
+    (path,) = entries(tmp_path)
+    data = bytearray(path.read_bytes())
+    if damage in ("flip", "header"):
+        data[-1 if damage == "flip" else 60] ^= 1
+    path.write_bytes({"cut": data[:100], "empty": b"", "text": b"<html>"}.get(damage, bytes(data)))
+    same(cache.get({"k": "v"}, values), values())
+    assert cache.healed == 1
+    same(cache.get({"k": "v"}, never), values())
+
+
+def test_an_error_while_computing_leaves_nothing_behind(tmp_path):
+    cache = FeatureCache(tmp_path, GB)
+    with pytest.raises(AssertionError):
+        cache.get({"k": "v"}, never)
+    assert not list(tmp_path.rglob("*.*"))
+    same(cache.get({"k": "v"}, values), values())
+
+
+def test_the_folder_stays_below_its_bound_and_keeps_what_was_used_last(tmp_path):
+    cache = FeatureCache(tmp_path, 100_000)
+
+    def block():
+        return {"x": torch.zeros(2000)}  # 8,000 bytes and a header
+
+    cache.get({"k": "kept"}, block)
+    for i in range(40):
+        cache.get({"k": str(i)}, block)
+        cache.get({"k": "kept"}, never)
+        assert sum(path.stat().st_size for path in entries(tmp_path)) <= 100_000
+    assert 8 <= len(entries(tmp_path)) <= 12
+    cache.get({"k": "39"}, never)
+    assert not cache.path({"k": "0"}).exists()
+
+
+def test_a_value_larger_than_the_bound_is_not_stored(tmp_path):
+    cache = FeatureCache(tmp_path, 1000)
+    for _ in range(2):
+        assert cache.get({"k": "v"}, lambda: {"x": torch.ones(1000)})["x"].sum() == 1000
+    assert not entries(tmp_path)
+    assert cache.misses == 2
+
+
+def test_left_overs_of_dead_processes_are_removed(tmp_path):
+    FeatureCache(tmp_path, GB).get({"k": "v"}, values)
+    (path,) = entries(tmp_path)
+    old, new = path.with_name(".a.features.0.tmp"), path.with_name(".b.features.1.tmp")
+    for file in (old, new):
+        file.write_bytes(b"half")
+    os.utime(old, (time.time() - 7200,) * 2)
+    FeatureCache(tmp_path, GB).get({"k": "w"}, values)
+    assert not old.exists()
+    assert new.exists()
+
+
+def test_without_a_place_to_write_it_goes_on_and_says_so_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    cache = FeatureCache(tmp_path / "file", GB)
+    with pytest.warns(UserWarning, match="going on without storing"):
+        same(cache.get({"k": "v"}, values), values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same(cache.get({"k": "v"}, values), values())
+
+
+def use(folder, number, results):
+    """One process: everything in its own order, with deletions and damage in between."""
+    torch.set_num_threads(1)
+    cache, wrong = FeatureCache(folder, 150_000), 0
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(number)).tolist()
+    for i in [*order, *order]:
+        found = cache.get({"k": str(i % 20)}, lambda i=i: {"x": torch.full((2500,), float(i % 20))})
+        wrong += not bool((found["x"] == i % 20).all())
+        if i == 30:
+            cache.path({"k": "5"}).write_bytes(b"damage")
+    results.put((wrong, cache.hits))
+
+
+def test_several_processes_share_one_folder(tmp_path):
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    workers = [context.Process(target=use, args=(tmp_path, n, results)) for n in range(3)]
+    for worker in workers:
+        worker.start()
+    outcomes = [results.get(timeout=60) for _ in workers]
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert [wrong for wrong, _ in outcomes] == [0, 0, 0]
+    assert all(hits > 0 for _, hits in outcomes)
+    assert sum(path.stat().st_size for path in entries(tmp_path)) <= 150_000 * (1 + 3 / 64)
+    assert not list(tmp_path.glob("*/.*.tmp"))
+
+
+# -- fingerprints ----------------------------------------------------------------------------------
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+
+
+def test_a_model_is_known_by_its_names_dtypes_shapes_and_bits():
+    first = fingerprint(net())
+    assert len(first) == 64
+    assert fingerprint(net()) == first
+    changes = [net(1), net().half(), nn.Sequential(*net(), nn.ReLU(), nn.Linear(1, 1))]
+    flipped = net()
+    with torch.no_grad():
+        flipped[1].running_mean[0] = -0.0
+    renamed = nn.ModuleDict({"a": net()[0], "1": net()[1]})
+    found = {fingerprint(model) for model in [*changes, flipped, renamed]}
+    assert len(found | {first}) == 6
+
+
+def test_adapters_do_not_change_the_fingerprint_of_their_base_but_merging_does():
+    model, before = net(), fingerprint(net())
+    inject(model, LoraConfig(["0"], r=2))
+    disturb(model)
+    assert fingerprint(model) == before
+    merge(model)
+    assert fingerprint(model) != before
+
+
+def test_tensors_by_name_in_any_order():
+    tensors = values()
+    assert fingerprint(tensors) == fingerprint(dict(reversed(tensors.items())))
+    assert fingerprint(tensors) != fingerprint(tensors | {"scalar": torch.tensor(3.25)})
+
+
+def test_files_and_folders_by_content_not_by_place(tmp_path):
+    (tmp_path / "a" / "sub").mkdir(parents=True)
+    (tmp_path / "a" / "x.bin").write_bytes(b"one")
+    (tmp_path / "a" / "sub" / "y.bin").write_bytes(b"two")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert fingerprint(tmp_path / "a") == fingerprint(str(tmp_path / "b"))
+    (tmp_path / "b" / "sub" / "y.bin").rename(tmp_path / "b" / "y.bin")
+    assert fingerprint(tmp_path / "a") != fingerprint(tmp_path / "b")
+    assert fingerprint(tmp_path / "a" / "x.bin") == fingerprint(
+        shutil.copy(tmp_path / "a" / "x.bin", tmp_path / "z")
+    )
+    with pytest.raises(CheckpointError, match=r"cannot read .*missing"):
+        fingerprint(tmp_path / "missing")

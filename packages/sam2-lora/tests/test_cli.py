@@ -1,0 +1,127 @@
+"""The commands: those of the README parse, help is quick, the guide's scripts run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_core.config import parse
+from lora_core.errors import ConfigError
+from lora_core.testing import check_commands
+from sam2_lora import demo, demo_run, evaluate, merge, predict, prepare
+from sam2_lora.__main__ import COMMANDS, main
+from sam2_lora.config import Config
+
+PACKAGE = Path(__file__).parent.parent
+OPTIONS = {
+    "train": Config,
+    "evaluate": evaluate.Options,
+    "predict": predict.Options,
+    "merge": merge.Options,
+    "prepare": prepare.Options,
+    "demo": demo_run.Options,
+}
+GUIDE = (
+    "--learning_rate 1e-3 --weight_decay 0.01 --steps 10000 --batch_size 1 "
+    "--lora_rank 8 --lora_alpha 16 --lora_dropout 0.05"
+)
+
+
+def verb(argv: list[str]) -> None:
+    parse(OPTIONS[argv[0]], argv[1:], prog=argv[0])
+
+
+def settings(argv: list[str]) -> None:
+    parse(Config, argv, prog="train")
+
+
+@pytest.mark.parametrize("readme", [PACKAGE / "README.md", PACKAGE.parent.parent / "README.md"])
+def test_every_command_of_the_readme_parses(readme: Path) -> None:
+    if not readme.is_file():  # the package was taken out of the repository
+        pytest.skip("no repository around the package")
+    scripts = {"train_lora_sam2_full_dataset.py": settings, "train_lora.py": settings}
+    assert check_commands(readme, {"sam2-lora": verb, **scripts})
+
+
+def test_the_guides_flags_are_the_defaults() -> None:
+    assert parse(Config, GUIDE.split(), prog="t") == parse(Config, [], prog="t") == Config()
+
+
+@pytest.mark.parametrize("rank", [4, 8, 16])
+def test_the_guides_ablations_parse(rank: int) -> None:
+    assert parse(Config, ["--lora_rank", str(rank)], prog="t").lora_rank == rank
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ("--lora_rnk 8", "lora_rank"),
+        ("--image_size 1000", "try 992"),
+        ("--image_size 256x1610", "256x1600"),
+        ("--targets decodr", "decoder"),
+        ("--lora_dropout 1.0", "0 <= p < 1"),
+        ("--steps 0", "at least 1"),
+        ("--learning_rate 0", "above 0"),
+        ("--cache_dir c", "--targets decoder"),
+        ("--cache_dir c --targets decoder", "--hflip false"),
+        ("--batch_size four", "batch_size"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_named(flags: str, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        parse(Config, flags.split(), prog="t")
+
+
+def test_usage_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in COMMANDS)
+
+
+def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian"]) == 2
+    assert "did you mean 'train'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["--version"], *([name, "--help"] for name in COMMANDS)])
+def test_help_needs_no_torch(command: list[str]) -> None:
+    code = (
+        "import sys; from sam2_lora.__main__ import main; status = main(sys.argv[1:]); "
+        "heavy = {'torch', 'transformers', 'scipy', 'PIL'} & set(sys.modules); "
+        "sys.exit(status or (f'imported {heavy}' if heavy else 0))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "sam2-lora" in done.stdout
+
+
+def test_nothing_needs_torchvision(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['torchvision'] = None; import sam2_lora.train; "
+        "from sam2_lora import Predictor, demo; import numpy as np; "
+        "p = Predictor.load(demo.base_checkpoint()); p.set_image(np.zeros((64, 64, 3), np.uint8)); "
+        "p.predict(points=[[3, 4]])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_guides_script_trains_on_the_guides_tree(tmp_path: Path) -> None:
+    demo.write_severstal(tmp_path / "datasets" / "Data" / "splits", train=3, val=2, test=2)
+    done = subprocess.run(
+        [
+            sys.executable, str(PACKAGE / "train_lora_sam2_full_dataset.py"),
+            *GUIDE.replace("10000", "2").split(), "--image_size", "64x320",
+            "--checkpoint", str(demo.base_checkpoint()), "--num_workers", "0",
+        ],
+        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "models" / "severstal_lora").iterdir()
+    assert folder.name.startswith("sam2_custom_lora_r8_a16_lr1e-3_")
+    assert list((tmp_path / "logs").glob("training_metrics_lora_*.csv"))
+    assert "test split" in done.stdout

@@ -1,0 +1,267 @@
+"""The whole run on real files: what it leaves, that it learns, resumes and stops."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lora_core.config import parse
+from lora_core.errors import CheckpointError
+from sam2_lora import demo
+from sam2_lora.artifacts import find_run, plain
+from sam2_lora.config import Config
+from sam2_lora.predictor import Predictor
+from sam2_lora.train import main, train
+
+SIDE = 128
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight pictures of two striped discs each, with instance masks: a domain of its own."""
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:SIDE, :SIDE]
+    for number in range(8):
+        split = root / ("train" if number < 5 else "val" if number < 7 else "test")
+        for name in ("images", "masks"):
+            (split / name).mkdir(parents=True, exist_ok=True)
+        ids = np.zeros((SIDE, SIDE), np.uint8)
+        for index, (cx, cy) in enumerate([(38, 40), (88, 84)], start=1):
+            cx, cy = cx + rng.integers(-6, 7), cy + rng.integers(-6, 7)
+            ids[np.hypot(x - cx, y - cy) < rng.integers(18, 26)] = index
+        stripes = 60 + 130 * ((x + y) // 5 % 2)
+        grey = np.where(ids > 0, stripes, 128) + rng.normal(0, 12, ids.shape)
+        rgb = np.repeat(grey.clip(0, 255).astype(np.uint8)[..., None], 3, 2)
+        Image.fromarray(rgb).save(split / "images" / f"{number}.png")
+        Image.fromarray(ids).save(split / "masks" / f"{number}.png")
+    return root
+
+
+def command(pictures: Path, output: Path, **settings: object) -> list[str]:
+    """Flags of a small run on the packaged base."""
+    words: dict[str, object] = {
+        "data_root": pictures,
+        "mask_kind": "instances",
+        "checkpoint": demo.base_checkpoint(),
+        "image_size": SIDE,
+        "steps": 4,
+        "eval_steps": 2,
+        "log_steps": 2,
+        "num_workers": 0,
+        "tensorboard": False,
+        "output_dir": output,
+        "logs_dir": output / "logs",
+        **settings,
+    }
+    return [word for name, value in words.items() for word in (f"--{name}", str(value))]
+
+
+def run_folder(output: Path) -> Path:
+    (folder,) = [path for path in output.iterdir() if path.name.startswith("sam2_")]
+    return folder
+
+
+def rows(output: Path) -> list[dict[str, str]]:
+    (path,) = (output / "logs").glob("training_metrics_lora_*.csv")
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["tensors"]
+
+
+@pytest.fixture(scope="module")
+def finished(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of one run of six steps with everything switched on."""
+    output = tmp_path_factory.mktemp("finished")
+    argv = command(
+        pictures, output, steps=6, eval_steps=3, batch_size=2, correction_clicks=1,
+        gradient_accumulation_steps=2, lora_dropout=0.1, tensorboard=True,
+    )  # fmt: skip
+    assert main(argv) == 0
+    return output
+
+
+def test_a_run_leaves_the_files_that_the_guide_promises(finished: Path) -> None:
+    folder = run_folder(finished)
+    assert re.fullmatch(r"sam2_\w+_lora_r8_a16_lr1e-3_\d{8}_\d{4}", folder.name)
+    names = [path.name for path in folder.iterdir()]
+    best = [
+        n for n in names if re.fullmatch(r"best_lora_step\d_iou0\.\d{4}_dice0\.\d{4}\.torch", n)
+    ]
+    assert best
+    assert {name.replace("best_lora", "best_merged") for name in best} <= set(names)
+    assert {"latest_lora_step6.torch", "final_lora_step6.torch", "config.yaml"} <= set(names)
+    assert {"adapter", "state", "tensorboard", "training_summary.json"} <= set(names)
+    summary = json.loads((folder / "training_summary.json").read_text())
+    assert summary["tuning_method"] == "lora"
+    assert summary["actual_steps"] == summary["total_steps"] == 6
+    assert summary["early_stopping_triggered"] is False
+    assert 0 < summary["best_val_iou"] <= 1
+    assert 0 < summary["test"]["base"]["iou"] < 1
+
+
+def test_the_csv_begins_with_the_base_and_has_every_validation(finished: Path) -> None:
+    found = [(row["step"], row["split"]) for row in rows(finished)]
+    assert found[0] == ("0", "val")
+    assert [step for step, split in found if split == "val"] == ["0", "3", "6"]
+    assert all(float(row["loss"]) > 0 for row in rows(finished) if row["split"] == "train")
+
+
+def test_the_stored_settings_are_the_settings_of_the_run(finished: Path, pictures: Path) -> None:
+    cfg = parse(Config, ["--config", str(run_folder(finished) / "config.yaml")], prog="t")
+    assert (cfg.steps, cfg.correction_clicks, cfg.lora_dropout) == (6, 1, 0.1)
+    assert cfg.data_root == str(pictures)
+
+
+def test_adapter_and_merged_file_give_the_same_masks(finished: Path, pictures: Path) -> None:
+    folder = run_folder(finished)
+    summary = json.loads((folder / "training_summary.json").read_text())
+    (merged,) = folder.glob(f"best_merged_step{summary['best_step']}_*.torch")
+    (single,) = folder.glob(f"best_lora_step{summary['best_step']}_*.torch")
+    rgb = np.asarray(Image.open(pictures / "test" / "images" / "7.png").convert("RGB"))
+    answers = []
+    for predictor in (
+        Predictor.load(demo.base_checkpoint(), adapter=folder / "adapter"),
+        Predictor.load(demo.base_checkpoint(), adapter=single),
+        Predictor.load(merged, image_size=(SIDE, SIDE)),
+    ):
+        predictor.set_image(rgb)
+        answers.append(predictor.predict(points=[[40, 42]]).logits)
+    np.testing.assert_array_equal(answers[0], answers[1])
+    np.testing.assert_allclose(answers[0], answers[2], atol=1e-4)
+
+
+def test_training_beats_the_base(pictures: Path, tmp_path: Path) -> None:
+    argv = command(
+        pictures, tmp_path, steps=40, eval_steps=40, batch_size=4, learning_rate=3e-3, log_steps=10
+    )
+    assert main(argv) == 0
+    losses = [float(row["loss"]) for row in rows(tmp_path) if row["split"] == "train"]
+    base, trained = [float(row["iou"]) for row in rows(tmp_path) if row["split"] == "val"]
+    assert losses[-1] < 0.7 * losses[0]
+    assert trained > base + 0.05
+
+
+def test_a_resumed_run_ends_with_the_same_bits(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished, tmp_path / "copy")
+    folder = run_folder(tmp_path / "copy")
+    whole = tensors(folder / "final_lora_step6.torch")
+    before = [{**row, "seconds": ""} for row in rows(tmp_path / "copy")]
+    shutil.rmtree(folder / "state" / "checkpoint-6")  # as if it had been killed after step 3
+    for path in (*folder.glob("*step6*"), folder / "training_summary.json"):
+        path.unlink()
+    logs = ["--logs_dir", str(tmp_path / "copy" / "logs")]
+    assert main(["--resume", str(folder), *logs]) == 0
+    assert "continuing at step 3" in capsys.readouterr().out
+    again = tensors(folder / "final_lora_step6.torch")
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert [{**row, "seconds": ""} for row in rows(tmp_path / "copy")] == before
+
+
+def test_resuming_a_finished_run_changes_nothing(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run_folder(finished)
+    before = {path: path.read_bytes() for path in folder.glob("*.torch")}
+    log = rows(finished)
+    assert main(["--resume", str(folder)]) == 0
+    assert "already finished" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in folder.glob("*.torch")} == before
+    assert rows(finished) == log
+
+
+def test_a_lone_adapter_cannot_be_resumed_but_can_be_continued(
+    finished: Path, pictures: Path, tmp_path: Path
+) -> None:
+    (single,) = run_folder(finished).glob("latest_lora_step6.torch")
+    lone = tmp_path / "lone.torch"
+    shutil.copy(single, lone)
+    with pytest.raises(CheckpointError, match=f"--adapter {lone}"):
+        train(command(pictures, tmp_path, resume=lone))
+    argv = command(pictures, tmp_path / "warm", adapter=lone, steps=1, learning_rate=1e-9)
+    assert main(argv) == 0
+    warm = tensors(run_folder(tmp_path / "warm") / "final_lora_step1.torch")
+    for name, tensor in tensors(lone).items():
+        torch.testing.assert_close(warm[name], tensor, atol=1e-6, rtol=0)
+
+
+def test_only_the_best_pairs_are_kept_and_one_latest(pictures: Path, tmp_path: Path) -> None:
+    argv = command(pictures, tmp_path, steps=6, eval_steps=1, keep_best=1, learning_rate=3e-3)
+    assert main(argv) == 0
+    folder = run_folder(tmp_path)
+    (best,) = folder.glob("best_lora_*.torch")
+    assert len(list(folder.glob("best_merged_*.torch"))) == 1
+    assert [path.name for path in folder.glob("latest_*")] == ["latest_lora_step6.torch"]
+    scores = [float(row["iou"]) for row in rows(tmp_path) if row["split"] == "val"][1:]
+    assert best.name.startswith(
+        f"best_lora_step{scores.index(max(scores)) + 1}_iou{max(scores):.4f}"
+    )
+
+
+def test_training_stops_when_the_metric_stays(pictures: Path, tmp_path: Path) -> None:
+    argv = command(
+        pictures, tmp_path, steps=20, eval_steps=1, patience=2, learning_rate=1e-12, min_delta=0.5
+    )
+    assert main(argv) == 0
+    summary = json.loads((run_folder(tmp_path) / "training_summary.json").read_text())
+    assert summary["early_stopping_triggered"] is True
+    assert summary["actual_steps"] == 3  # the first validation is the best, two more are not
+    assert (run_folder(tmp_path) / "final_lora_step3.torch").exists()
+
+
+def test_cached_embeddings_train_the_same_bits(pictures: Path, tmp_path: Path) -> None:
+    settings = {"targets": "decoder", "hflip": False, "steps": 5, "eval_steps": 5}
+    assert main(command(pictures, tmp_path / "plain", **settings)) == 0
+    cache = tmp_path / "cache"
+    for name in ("filling", "filled"):
+        assert main(command(pictures, tmp_path / name, cache_dir=cache, **settings)) == 0
+    assert len(list(cache.rglob("*.features"))) == 5  # one per training picture
+    plain_run = tensors(run_folder(tmp_path / "plain") / "final_lora_step5.torch")
+    for name in ("filling", "filled"):
+        cached = tensors(run_folder(tmp_path / name) / "final_lora_step5.torch")
+        assert all(torch.equal(plain_run[key], cached[key]) for key in plain_run)
+
+
+def test_without_validation_the_last_step_is_exported(pictures: Path, tmp_path: Path) -> None:
+    shutil.copytree(pictures / "train", tmp_path / "data" / "train")
+    argv = command(tmp_path / "data", tmp_path / "out", steps=2, val_fraction=0.2)
+    assert main(argv) == 0  # split by name: one picture of five validates
+    assert list(run_folder(tmp_path / "out").glob("best_merged_*.torch"))
+
+
+def test_bad_input_ends_with_one_message_and_no_folder(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(pictures, tmp_path / "data")
+    (tmp_path / "data" / "train" / "images" / "0.png").write_bytes(b"<html>not found</html>")
+    assert main(command(tmp_path / "data", tmp_path / "out")) == 2
+    error = capsys.readouterr().err
+    assert "0.png" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+    assert main([*command(pictures, tmp_path / "out"), "--lora_rnk", "4"]) == 2
+    assert "lora_rank" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("value", "text"), [(1e-3, "1e-3"), (1e-5, "1e-5"), (2.5e-4, "2.5e-4")])
+def test_learning_rates_are_written_as_people_do(value: float, text: str) -> None:
+    assert plain(value) == text
+
+
+def test_a_folder_of_another_kind_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no run of sam2-lora train\."):
+        find_run(str(tmp_path))
