@@ -171,6 +171,9 @@ SETTINGS = {
     "dora_without_magnitude": ({"use_dora": True}, ["lora_magnitude_vector is missing"]),
     "moved_base": ({"init_lora_weights": "pissa"}, ["pissa", "Convert it"]),
     "bad_pattern": ({"target_modules": "(("}, ["bad pattern"]),
+    "rank_pattern_list": ({"rank_pattern": [1]}, ["rank_pattern is [1]"]),
+    "bad_rank_pattern": ({"rank_pattern": {"(": 1}}, ["bad pattern in rank_pattern"]),
+    "targets_number": ({"target_modules": 3}, ["target_modules is 3"]),
     "conv1d_of_gpt2": ({"fan_in_fan_out": True}, ["fan_in_fan_out"]),
 }
 
@@ -186,6 +189,25 @@ def test_settings_that_cannot_be_are_refused(saved, fault):
     }
     (saved / CONFIG).write_text(json.dumps(config))
     refused(saved, *parts)
+
+
+@pytest.mark.parametrize(
+    ("facts", "part"),
+    [
+        ({"alpha": 16}, "unreadable"),
+        ({"r": [3], "alpha": 16}, "unusable configuration"),
+        ({"r": 3, "alpha": 16, "slices": [["q", 0]]}, "unusable configuration"),
+        ({"r": 3, "alpha": 16, "slices": [["q", 0, 99]]}, "slice sizes"),
+        ({"r": 3, "alpha": float("nan")}, "nan"),
+        ([], "unreadable"),
+    ],
+)
+def test_facts_of_our_own_that_cannot_be_are_refused(tmp_path, facts, part):
+    path = save_adapter(trained(PLAIN), tmp_path / "a.pt")
+    content = torch.load(path, weights_only=True)
+    content["config"]["lora_core"]["layers"]["blocks.0.qkv"] = facts
+    torch.save(content, path)
+    refused(path, part)
 
 
 def test_a_configuration_changed_by_hand_is_followed_as_peft_would(saved):

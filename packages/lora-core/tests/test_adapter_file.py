@@ -300,6 +300,17 @@ def test_bare_dicts_of_older_programs_need_only_alpha(tmp_path, spelling):
     assert torch.equal(out(loaded), out(model))
 
 
+def test_a_lone_safetensors_file_needs_only_alpha(tmp_path):
+    model = trained(CASES["linear"])
+    path = save_adapter(model, tmp_path / "a") / WEIGHTS
+    safetensors.torch.save_file(read_adapter(path).tensors, tmp_path / "alone.safetensors")
+    loaded = Net()
+    load_adapter(loaded, tmp_path / "alone.safetensors", lora_alpha=5)
+    assert torch.equal(out(loaded), out(model))
+    with pytest.raises(CheckpointError, match="lora_alpha="):
+        load_adapter(Net(), tmp_path / "alone.safetensors")
+
+
 def test_another_alpha_than_the_files_is_a_contradiction(tmp_path):
     path = save_adapter(trained(CASES["linear"]), tmp_path / "a")
     load_adapter(Net(), path, lora_alpha=5)
@@ -412,6 +423,12 @@ def test_what_cannot_be_written_is_said_with_its_reason(tmp_path):
     for path in (tmp_path / "file" / "a.pt", tmp_path / "file", tmp_path / "file" / "a"):
         with pytest.raises(CheckpointError, match=r"cannot write .*file"):
             save_adapter(trained(CASES["linear"]), path)
+
+
+def test_kinds_of_files_that_we_do_not_write_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"a\.safetensors: name a folder, or .* \.pt, \.pth"):
+        save_adapter(trained(CASES["linear"]), tmp_path / "a.safetensors")
+    assert not (tmp_path / "a.safetensors").exists()
 
 
 def test_metadata_that_is_not_plain_is_refused(tmp_path):

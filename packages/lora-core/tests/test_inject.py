@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lora_core import mechanisms
 from lora_core.config import LoraConfig, Slices
 from lora_core.errors import ConfigError
 from lora_core.inject import (
@@ -297,6 +298,25 @@ def test_scales_are_multipliers_of_the_effect(net, x):
     torch.testing.assert_close(net(x) - base, full)
 
 
+def test_an_injection_that_fails_half_way_leaves_no_trace(net, x, monkeypatch):
+    before, y, trains = bits(net), net(x), names_that_train(net)
+    adapt, calls = mechanisms.adapt, []
+
+    def adapt_two(*args):
+        if len(calls) == 2:
+            raise MemoryError
+        calls.append(args)
+        adapt(*args)
+
+    monkeypatch.setattr(mechanisms, "adapt", adapt_two)
+    with pytest.raises(MemoryError):
+        inject(net, lora(modules_to_save=["head"]))
+    assert same(net.state_dict(), before)
+    assert torch.equal(net(x), y)
+    assert names_that_train(net) == trains
+    assert not lora_layers(net)
+
+
 def test_hundred_swaps_leave_no_trace(net, x):
     before = bits(net)
     inject(net, lora(), "a")
@@ -497,6 +517,6 @@ def test_table_says_what_one_could_not_guess():
         "attn": ("parametrize", "rows q[0:6] v[12:18], A frozen, dropout of input channels"),
         "attn.out_proj": ("parametrize", "A frozen, dropout of input channels"),
         "emb": ("wrap", "A frozen, no dropout on tokens"),
-        "conv": ("wrap", "2 groups: not for plain PEFT, A frozen"),
+        "conv": ("wrap", "2 groups, not for plain PEFT, A frozen"),
         "layer.linear1": ("parametrize", "A frozen"),
     }

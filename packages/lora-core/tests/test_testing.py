@@ -1,5 +1,7 @@
 """The test helpers themselves: the contract holds, and notices what breaks it."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -139,6 +141,17 @@ def test_the_contract_notices_a_different_base_each_time(tmp_path):
             promise(changing, tmp_path)
 
 
+def test_the_core_needs_no_heavy_library():
+    code = (
+        "import sys, lora_core\n"
+        "assert 'torch' not in sys.modules\n"
+        "import lora_core.testing, lora_core.cache, lora_core.peft_bridge\n"
+        "heavy = {'peft', 'transformers', 'diffusers', 'accelerate', 'torchvision', 'pytest'}\n"
+        "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 # -- recorded numbers ------------------------------------------------------------------------------
 
 
@@ -168,14 +181,14 @@ def test_tolerances_are_tight_on_both_sides():
 
 # -- commands of a README --------------------------------------------------------------------------
 
-README = """# Title
+README = r"""# Title
 
 Run `sam-tool not a command` in prose.
 
 ```bash
 pip install ./packages/sam-tool   # not ours
-sam-tool train \\\
-    --rate 1e-3 \\\\
+sam-tool train \
+    --rate 1e-3 \
     --name "two words"
 CUDA_VISIBLE_DEVICES=0 python3 scripts/train.py --steps 5 && sam-tool merge a b
 torchrun --nproc_per_node 2 train.py --steps 5; nohup sam-tool hidden

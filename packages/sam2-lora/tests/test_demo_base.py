@@ -24,8 +24,8 @@ from sam2_lora.losses import best_masks
 from sam2_lora.masks import trim
 from sam2_lora.prompts import box_of, center_click
 
-PICTURES = 40  # of the card's 200
-MARGIN = 0.05  # IoU; the sample is a fifth of the card's, and machines round differently
+PICTURES = 30  # of the card's 200
+MARGIN = 0.05  # IoU; the sample is a part of the card's, and machines round differently
 SIZE = (128, 128)
 
 

@@ -39,6 +39,7 @@ __all__ = ["AdapterFile", "load_adapter", "read_adapter", "save_adapter"]
 
 FORMAT = 1
 SINGLE_FILES = frozenset({".pth", ".pt", ".torch"})
+OTHER_FILES = frozenset({".safetensors", ".bin", ".ckpt"})  # names of files, yet none we write
 PREFIX = "base_model.model."  # PEFT's name of the base model
 TENSORS, CONFIG, README = "adapter_model.safetensors", "adapter_config.json", "README.md"
 OWN = "lora_core"  # our entry in the metadata
@@ -86,10 +87,15 @@ def save_adapter(
         rename: module path -> its path in the file. The suffixes (`lora_A.weight`) stay.
 
     Raises:
-        ConfigError: no such adapter, or metadata that is not plain.
+        ConfigError: no such adapter, another kind of file, or metadata that is not plain.
         CheckpointError: the file cannot be written.
     """
     model, path = unwrapped(model), Path(path)
+    if path.suffix in OTHER_FILES:
+        raise ConfigError(
+            f"cannot save an adapter as {path.name}: name a folder, or a file ending in "
+            f"{', '.join(sorted(SINGLE_FILES))}"
+        )
     layers = {live: la for live, la in lora_layers(model).items() if name in la.lora_adapters}
     if not layers:
         names = sorted({n for layer in lora_layers(model).values() for n in layer.lora_adapters})
@@ -116,8 +122,10 @@ def save_adapter(
         else:
             _write_folder(path, tensors, record, adapter_layout.notes(model, name, layers))
 
-    sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-    _on_rank_zero(write) if sharded else write()
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        _on_rank_zero(write)
+    else:
+        write()
     return path
 
 
@@ -244,11 +252,11 @@ def _read_folder(path: Path) -> AdapterFile:
         record = _parse(weights, metadata[OWN]) if OWN in metadata else None
     config = _read_config(folder / CONFIG)
     if record is None:
-        if config is None:
+        if config is None and path.is_dir():
             raise CheckpointError(
                 f"{folder / CONFIG} is missing: without it the scale of the adapter is unknown"
             )
-        return AdapterFile(path, config, _tensors(path, tensors))
+        return AdapterFile(path, config or {}, _tensors(path, tensors))
     _check_format(weights, record.get("format"))
     _check_types(weights, **{k: record.get(k) for k in ("config", "extra", "metadata")})
     extra = record["extra"]

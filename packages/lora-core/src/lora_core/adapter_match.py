@@ -39,6 +39,15 @@ _UNDERSTOOD = frozenset(
     | {"runtime_config", "target_modules", "target_parameters", "task_type", "use_dora"}
     | {"use_rslora"}
 )
+_TYPES: dict[str, tuple[type, ...]] = {
+    "alpha_pattern": (dict,),
+    "exclude_modules": (list, str),
+    "layers_pattern": (list, str),
+    "modules_to_save": (list,),
+    "rank_pattern": (dict,),
+    "target_modules": (list, str),
+    "target_parameters": (list,),
+}
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 Facts = dict[str, Any]  # of one layer: see adapter_layout.layer_facts
@@ -89,6 +98,8 @@ def match(
             f"adapter of another model, or modules were renamed\n{listing(problems, 5)}"
         )
     factors = {owners[path]: by_file[path] for path in known}
+    if len(factors) < len(known):
+        problems.append("two names in the file are one module of the model")
     problems += _missing_layers(file, model, paths, set(factors)) + _bad_values(file)
     problems += [
         f"{path}: {type(model.get_submodule(owners[path])).__name__} cannot take an adapter"
@@ -182,6 +193,8 @@ def _check_settings(file: AdapterFile, lora_alpha: float | None) -> None:
     for name in ("r", "lora_alpha"):
         if name not in config:
             raise CheckpointError(f"{file.path}: its configuration has no {name}{wrote}")
+    for name, types in _TYPES.items():
+        _check_patterns(file, name, config.get(name) or types[0](), types)
     beyond = [key for key, value in config.items() if value and key not in _UNDERSTOOD]
     if beyond:
         raise CheckpointError(
@@ -195,6 +208,20 @@ def _check_settings(file: AdapterFile, lora_alpha: float | None) -> None:
         )
 
 
+def _check_patterns(file: AdapterFile, name: str, value: Any, types: tuple[type, ...]) -> None:
+    entries = (
+        [value] if isinstance(value, str) else list(value) if isinstance(value, types) else [0]
+    )
+    if not all(isinstance(entry, str) for entry in entries):
+        kinds = " or ".join(kind.__name__ for kind in types)
+        raise CheckpointError(f"{file.path}: {name} is {value!r}, expected a {kinds} of names")
+    for entry in entries:
+        try:
+            re.compile(entry)
+        except re.error as error:
+            raise CheckpointError(f"{file.path}: bad pattern in {name}: {error}") from error
+
+
 def _facts(
     file: AdapterFile,
     model: nn.Module,
@@ -206,20 +233,27 @@ def _facts(
     """Rank and alpha of one layer, and where we wrote the file its slices and weights."""
     own = file.extra.get("layers", {}).get(file_prefix(model, live, paths))
     if own is not None:
-        return dict(own)
+        if not isinstance(own, dict) or not {"r", "alpha"} <= own.keys():
+            raise CheckpointError(f"{file.path}: what it says about {live} is unreadable")
+        return own
     if not file.config:
         up = next((t for suffix, t in tensors.items() if "_B" in suffix and t.dim() > 1), None)
         return {"r": 0 if up is None else up.shape[1], "alpha": lora_alpha}
     name = file_target(model, live, paths)
-    parameter = join(name, "in_proj_weight")
-    if any(parameter.endswith(target) for target in file.config.get("target_parameters") or []):
-        name = parameter
+    name = _target_parameter(file, model.get_submodule(live), name) or name
     return {
         "r": first_match(file.config.get("rank_pattern") or {}, name, file.config["r"]),
         "alpha": first_match(
             file.config.get("alpha_pattern") or {}, name, file.config["lora_alpha"]
         ),
     }
+
+
+def _target_parameter(file: AdapterFile, module: nn.Module, path: str) -> str | None:
+    """The full name of the parameter of a module that PEFT adapts on its own."""
+    wanted = tuple(f".{target}" for target in file.config.get("target_parameters") or [])
+    names = [join(path, name) for name in module._parameters]
+    return next((name for name in names if f".{name}".endswith(wanted)), None)
 
 
 def _lora_config(
@@ -234,9 +268,9 @@ def _lora_config(
     ]
     ranks = {live: fact["r"] for live, fact in facts.items()}
     alphas = {live: fact["alpha"] for live, fact in facts.items()}
-    r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     config = file.config
     try:
+        r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
         return LoraConfig(
             target_modules=only(facts),
             exclude_modules=only(unchanged) if unchanged else None,
@@ -258,7 +292,7 @@ def _lora_config(
             use_dora=config.get("use_dora", False),
             freeze_A=file.extra.get("freeze_A", False),
         )
-    except (ConfigError, TypeError) as error:
+    except (ValueError, TypeError) as error:  # ConfigError is a ValueError
         raise CheckpointError(f"{file.path}: unusable configuration: {error}") from error
 
 
@@ -293,16 +327,13 @@ def _missing_layers(
     if not file.config:
         return []
     have = {file_target(model, live, paths) for live in found}
-    try:
-        return [
-            f"{path}: its tensors are missing, though target_modules names it"
-            for live, path in paths.items()
-            if path not in have
-            and is_target(file.config, path)
-            and kind_of(model.get_submodule(live)) is not None
-        ]
-    except re.error as error:
-        raise CheckpointError(f"{file.path}: bad pattern in the configuration: {error}") from error
+    problems = []
+    for live, path in paths.items():
+        module = model.get_submodule(live)
+        named = is_target(file.config, path) and kind_of(module) is not None
+        if path not in have and (named or _target_parameter(file, module, path)):
+            problems.append(f"{path}: its tensors are missing, though the configuration names it")
+    return problems
 
 
 def _bad_values(file: AdapterFile) -> list[str]:

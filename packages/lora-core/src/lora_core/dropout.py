@@ -26,7 +26,7 @@ def draw_seed() -> int:
     `torch.manual_seed` fixes it, and activation checkpointing, which restores that generator,
     draws the same one again.
     """
-    return int(torch.randint(2**62, ()).item())
+    return int(torch.randint(2**62, (), device="cpu").item())
 
 
 def keep_count(p: float) -> int:

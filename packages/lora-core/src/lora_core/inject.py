@@ -67,11 +67,15 @@ def inject(
     keys = full_keys(model, config, plan)
     if not hasattr(model, "_lora_configs"):
         _freeze(model)
-    for path, spec in plan.items():
-        mechanisms.adapt(model.get_submodule(path), name, spec, module_seed(config.seed, path))
-    placement.tie_readers(model, plan)
-    full_training.keep_aside(model, name, _full(model), keys, trainable)
     configs(model)[name] = config
+    try:
+        for path, spec in plan.items():
+            mechanisms.adapt(model.get_submodule(path), name, spec, module_seed(config.seed, path))
+        placement.tie_readers(model, plan)
+        full_training.keep_aside(model, name, _full(model), keys, trainable)
+    except BaseException:  # out of memory, Ctrl-C: no half-adapted model
+        remove(model, name)
+        raise
     set_adapters(model, name)
     return summary(model, name)
 

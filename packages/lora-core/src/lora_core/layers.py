@@ -111,7 +111,7 @@ class Factor(nn.Module):
         for name, tensor in tensors.items():
             self.register_parameter(name, nn.Parameter(tensor))
         for name, tensor in (initial or {}).items():
-            self.register_buffer(f"initial_{name}", tensor)
+            self.register_buffer(f"initial_{name}", tensor.clone())
 
 
 class LoraLayer(nn.Module):
@@ -223,6 +223,13 @@ class LoraLayer(nn.Module):
                 change = self._lora_change(adapter, name, base, drop=self.training)
                 total = torch.add(total, change, alpha=self.lora_scales[adapter])
             return total.to(W.dtype)
+
+    def lora_read_bias(self, name: str) -> Tensor | None:
+        """The bias as the live adapters make it, where other code computes with the weight."""
+        bias = self._parameters[name]
+        if bias is not None and _is_sharded(bias):
+            return bias
+        return self.lora_added_bias(bias, self.lora_live())
 
     def lora_added_bias(self, bias: Tensor | None, live: Iterable[str]) -> Tensor | None:
         """`b + sum of c s b_B` over the live adapters that have a bias on B."""

@@ -15,7 +15,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -149,7 +148,7 @@ def kind_of(module: nn.Module) -> Kind | None:
     return next((kind for classes, kind in kinds if isinstance(module, classes)), "weight")
 
 
-def has_own_forward(module: nn.Module) -> bool:
+def runs_torch_forward(module: nn.Module) -> bool:
     """Whether the module runs torch's own forward of its kind, so that ours may stand in for it."""
     classes = (nn.Linear, *CONVS, nn.Embedding)
     own = next((cls for cls in classes if isinstance(module, cls)), None)
@@ -203,7 +202,7 @@ def _reading(mixin: type[nn.Module], name: str) -> property:
     if mixin is TiedLayer:
         return property(lambda self: self.lora_owner.lora_weight(self.lora_owner_weight))
     if name in BIAS_OF.values():
-        return property(lambda self: self.lora_added_bias(self._parameters[name], self.lora_live()))
+        return property(lambda self: self.lora_read_bias(name))
     return property(lambda self: self.lora_weight(name))
 
 
@@ -216,28 +215,26 @@ def adapt(module: nn.Module, name: str, spec: AdapterSpec, seed: int) -> None:
     if not isinstance(module, LoraLayer):
         _become(module, spec)
     assert isinstance(module, LoraLayer)
-    pairs = {weight: _initial_pair(module, weight, spec, seed) for weight in spec.weight_names}
-    downs = {spec.factor_name(weight): pair[0] for weight, pair in pairs.items()}
-    ups = {spec.factor_name(weight): pair[1] for weight, pair in pairs.items()}
+    downs, ups = {}, {}
+    for weight in spec.weight_names:
+        pair = initialise.pair(module.lora_raw(weight), spec, initialise.module_seed(seed, weight))
+        downs[spec.factor_name(weight)], ups[spec.factor_name(weight)] = pair
     module.lora_adapters[name] = spec
     module.lora_scales[name] = 1.0
     if spec.kind == "embedding":
-        _container(module, "lora_embedding_A", nn.ParameterDict)[name] = nn.Parameter(
-            downs["weight"]
-        )
-        _container(module, "lora_embedding_B", nn.ParameterDict)[name] = nn.Parameter(ups["weight"])
+        for container, factor in (("lora_embedding_A", downs), ("lora_embedding_B", ups)):
+            held = _container(module, container, nn.ParameterDict)
+            held[name] = nn.Parameter(factor["weight"])
     else:
-        kept = spec.has_initial
-        first = {key: t.clone() for key, t in downs.items()} if kept else None
-        second = {key: t.clone() for key, t in ups.items()} if kept else None
-        if spec.lora_bias:
-            up = ups["weight"]
-            ups["bias"] = up.new_zeros(up.shape[0])
-        _container(module, "lora_A", nn.ModuleDict)[name] = Factor(downs, first)
-        _container(module, "lora_B", nn.ModuleDict)[name] = Factor(ups, second)
+        initial_A, initial_B = (downs, ups) if spec.has_initial else ({}, {})
+        bias = {"bias": ups["weight"].new_zeros(ups["weight"].shape[0])} if spec.lora_bias else {}
+        _container(module, "lora_A", nn.ModuleDict)[name] = Factor(downs, initial_A)
+        _container(module, "lora_B", nn.ModuleDict)[name] = Factor(ups | bias, initial_B)
     if spec.use_dora:
-        magnitude = Factor({"weight": _initial_magnitude(module, name)})
-        _container(module, "lora_magnitude_vector", nn.ModuleDict)[name] = magnitude
+        A, B = module.lora_factors(name)
+        start = initialise.magnitude(module.lora_raw(spec.weight_name), A, B, spec)
+        held = _container(module, "lora_magnitude_vector", nn.ModuleDict)
+        held[name] = Factor({"weight": start})
     set_trainable(module, name, spec.trainable)
 
 
@@ -292,7 +289,7 @@ _TIE = ("lora_owner", "lora_owner_weight")
 
 
 def _become(module: nn.Module, spec: AdapterSpec) -> None:
-    fast = has_own_forward(module)
+    fast = runs_torch_forward(module)
     mixin = _FORWARDS[spec.kind] if fast and spec.kind in _FORWARDS else LoraLayer
     properties: tuple[str, ...] = ()
     if spec.mechanism == "parametrize":
@@ -309,73 +306,4 @@ def _container(module: nn.Module, name: str, kind: Callable[[], Any]) -> Any:
     return module._modules[name]
 
 
-# Starting values
-
-
-def _initial_pair(
-    module: LoraLayer, name: str, spec: AdapterSpec, seed: int
-) -> tuple[Tensor, Tensor]:
-    """A and B of one weight, on its device."""
-    W = module.lora_raw(name)
-    dtype = torch.float64 if W.dtype == torch.float64 else torch.float32
-    seed = initialise.module_seed(seed, name)
-    if spec.has_initial:
-        A, B = _decomposed(W, spec)
-        return A.to(dtype).contiguous(), B.to(dtype).contiguous()
-    shape_A, shape_B = pair_shapes(W, spec)
-    if spec.kind == "embedding":
-        A, B = torch.zeros(shape_A, dtype=dtype), initialise.normal_B(shape_B, seed, dtype)
-    else:
-        gaussian = spec.init == "gaussian"
-        A = (
-            initialise.gaussian_A(shape_A, spec.r, seed, dtype)
-            if gaussian
-            else initialise.kaiming_A(shape_A, seed, dtype)
-        )
-        B = torch.zeros(shape_B, dtype=dtype)
-    return A.to(W.device), B.to(W.device)
-
-
-def pair_shapes(W: Tensor, spec: AdapterSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of A and B for a weight."""
-    if spec.kind == "embedding":
-        return (spec.r, W.shape[0]), (W.shape[1], spec.r)
-    if spec.rows is not None:
-        adapted = sum(stop - start for start, stop in spec.rows)
-        return (len(spec.rows) * spec.r, W.shape[1]), (adapted, spec.r)
-    do, inputs = W.shape[0], W.shape[1]
-    if spec.kind == "conv_transpose":
-        do, inputs = W.shape[1] * spec.groups, W.shape[0] // spec.groups
-    kernel = W.shape[2:]
-    point = [1] * len(kernel) if spec.kind in ("conv", "conv_transpose") else []
-    return (spec.groups * spec.r, inputs, *kernel), (do, spec.r, *point)
-
-
-def _decomposed(W: Tensor, spec: AdapterSpec) -> tuple[Tensor, Tensor]:
-    """PiSSA's or OLoRA's pair, for each slice of its own rows."""
-    downs, ups = [], []
-    for start, stop in spec.rows or ((0, W.shape[0]),):
-        part = W[start:stop]
-        A, B = (
-            initialise.pissa(part, spec.r, spec.scale)
-            if spec.init == "pissa"
-            else initialise.olora(part, spec.r)
-        )
-        downs.append(A)
-        ups.append(B)
-    return torch.cat(downs), torch.cat(ups)
-
-
-def _initial_magnitude(module: LoraLayer, name: str) -> Tensor:
-    """DoRA's m at the start: the norms of W, by the very sums that the forward pass will do."""
-    spec = module.lora_adapters[name]
-    W = module.lora_raw(spec.weight_name)
-    A, B = module.lora_factors(name)
-    matrix = lora.as_matrix(W.detach().to(A.dtype), spec.groups, spec.transposed)
-    norm = lora.weight_norm(matrix, A, B, spec.scale, spec.groups)
-    if spec.kind in ("conv", "conv_transpose"):
-        return norm.view(1, -1, *[1] * (W.dim() - 2))
-    return norm
-
-
-_pair_shapes = pair_shapes
+_pair_shapes = initialise.pair_shapes

@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_core.full_training import FullTensor
 from lora_core.layers import AdapterSpec, LoraLayer
-from lora_core.mechanisms import WrappedLayer
+from lora_core.mechanisms import TiedLayer, WrappedLayer
 from lora_core.report import table
 
 
@@ -80,13 +80,17 @@ def summarise(
 ) -> Summary:
     """The table of the named adapters."""
     rows = []
+    readers: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, TiedLayer):
+            readers.setdefault(id(module.lora_owner), []).append(path)
     for path, layer in layers.items():
         for name in names:
             if name not in layer.lora_adapters:
                 continue
             spec = layer.lora_adapters[name]
             notes = [f"adapter {name}"] if len(names) > 1 else []
-            notes += _notes(spec, _is_called(model, path, layer))
+            notes += _notes(spec, _is_called(model, path, layer), readers.get(id(layer), []))
             size = sum(p.numel() for p in layer.lora_parameters(name).values())
             kind = layer.lora_base_class.__name__
             rows.append(Row(path, kind, spec.mechanism, spec.r, spec.alpha, size, ", ".join(notes)))
@@ -98,15 +102,24 @@ def summarise(
     return Summary(tuple(rows), shown, trainable, sum(size for size, _ in sizes))
 
 
-def _notes(spec: AdapterSpec, is_called: bool) -> list[str]:
-    """What a reader of the table could not guess."""
+def _notes(spec: AdapterSpec, is_called: bool, readers: Sequence[str]) -> list[str]:
+    """What a reader of the table could not guess.
+
+    Args:
+        readers: the modules that share the weight, and so the adapter.
+    """
     notes = []
     if spec.slices:
         notes.append("rows " + " ".join(f"{name}[{a}:{b}]" for name, a, b in spec.slices))
     if len(spec.weight_names) > 1:
         notes.append(" ".join(spec.weight_names))
     if spec.groups > 1:
-        notes.append(f"{spec.groups} groups: not for plain PEFT")
+        notes.append(f"{spec.groups} groups")
+    if readers:
+        notes.append(f"acts on {', '.join(readers)} too")
+    own_kind = spec.groups > 1 or spec.kind in ("conv_transpose", "weight")
+    if own_kind or len(spec.weight_names) > 1 or readers:
+        notes.append("not for plain PEFT")
     if spec.use_dora:
         notes.append("DoRA")
     if spec.freeze_A:

@@ -78,7 +78,7 @@ def _mechanism(modules: Mapping[str, nn.Module], path: str, tied: bool) -> Mecha
     """
     module, parent = modules[path], modules[path.rpartition(".")[0]]
     readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-    if tied or isinstance(parent, readers) or not mechanisms.has_own_forward(module):
+    if tied or isinstance(parent, readers) or not mechanisms.runs_torch_forward(module):
         return "parametrize"
     return "wrap"
 

@@ -47,8 +47,12 @@ def atomic_write(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
         os.replace(part, path)
         if sync and os.name == "posix":
             _sync_folder(path.parent)
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, RuntimeError) as error:
+        # torch.save hides the system's error behind a RuntimeError of its own.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        reason = cause.strerror or str(cause)
         raise CheckpointError(f"cannot write {path.absolute()}: {reason}") from error
     finally:
         with suppress(OSError):  # it is gone when all went well

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from lora_core.errors import ConfigError, DataError
+from lora_core.errors import ConfigError, DataError, printable
 from lora_core.report import table
 from sam2_lora.config import Config
 from sam2_lora.formats import SPLITS, find, read
@@ -252,13 +252,13 @@ class Splits:
             for name, part in self.counts.items()
         ]
         classes = [
-            (label, *(part.objects[label] for part in self.counts.values()))
+            (" ".join(label.split())[:40], *(part.objects[label] for part in self.counts.values()))
             for label in self.classes[:MAX_LISTED]
         ]
         lines = [table(header, rows), "", table(("class", *self.counts), classes)]
         if len(self.classes) > MAX_LISTED:
             lines.append(f"... and {len(self.classes) - MAX_LISTED} more classes")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return printable("\n".join([*lines, *(f"note: {note}" for note in self.notes)]))
 
 
 def load(cfg: Config) -> Splits:
@@ -343,7 +343,8 @@ def _checked(parts: dict[str, list[Record]], reading: Reading, cfg: Config) -> d
     for name, part in counts.items():
         if not part.pictures:
             raise DataError(f"{Path(cfg.data_root).absolute()}: no pictures in the {name} split")
-        if not part.objects and name != "test":
+        all_seen = part.looked_at == part.pictures
+        if not part.objects and all_seen and name != "test":
             raise DataError(
                 f"{Path(cfg.data_root).absolute()}: no objects in the {part.pictures} pictures of "
                 f"the {name} split ({part.small} are smaller than --min_object_area)"

@@ -25,8 +25,11 @@ from lora_core.errors import DataError, UserError
 
 HERE = Path(__file__).parent
 SPLITS = ("train", "val", "test")
+VISIBLE = 0.7  # an object belongs to a cut-out that shows at least so much of it
 
 Mask = NDArray[np.bool_]
+Labelled = tuple[str, Mask]
+Picture = tuple[str, list[Labelled]]  # file name, objects
 Plane = NDArray[np.float32]
 
 
@@ -56,7 +59,7 @@ def base_checkpoint() -> Path:
 def write_photos(folder: str | Path, seed: int = 0) -> Path:
     """Write the photographs as COCO: `{train,val,test}/*.png` and `_annotations.coco.json`.
 
-    Each picture is a part of a photograph; all parts of one photograph are in the same split.
+    Each picture is a cut-out of a photograph; a photograph and all its cut-outs are in one split.
 
     Args:
         folder: made if it does not exist.
@@ -72,33 +75,53 @@ def write_photos(folder: str | Path, seed: int = 0) -> Path:
     folder, index = Path(folder), photo_index()
     for split in SPLITS:
         (folder / split).mkdir(parents=True, exist_ok=True)
-        names: list[str] = []
-        pictures = [picture for picture in index["pictures"] if picture["split"] == split]
-        for picture in pictures:
-            stem = Path(picture["photo"]).stem
-            names.append(f"{stem}_{sum(name.startswith(stem) for name in names)}.png")
-            x, y, width, height = picture["box"]
-            photo = _photo(picture["photo"], index["photos"][picture["photo"]]["size"])
-            photo.crop((x, y, x + width, y + height)).save(folder / split / names[-1])
-        text = json.dumps(_coco(pictures, names), indent=1)
+        pictures: list[Picture] = []
+        for name, facts in index.items():
+            if facts["split"] != split:
+                continue
+            photo, masks = _photo(name, facts["size"]), _masks(facts)
+            for number, (x, y, width, height) in enumerate(facts["boxes"]):
+                file = f"{Path(name).stem}_{number}.png"
+                photo.crop((x, y, x + width, y + height)).save(folder / split / file)
+                pictures.append((file, _inside(masks, (x, y, width, height))))
+        text = json.dumps(_coco(pictures), separators=(",", ":"))
         (folder / split / "_annotations.coco.json").write_text(text + "\n", encoding="utf-8")
     return folder
 
 
 def photo_index() -> dict[str, Any]:
-    """The committed masks, `demo_data/photos.json`.
+    """The committed masks, `demo_data/photos.json`: file name of a photograph -> facts.
 
-    `photos`: file name -> {size [H, W], sha256}; `pictures`: list of {photo, split,
-    box [x, y, w, h] in the photograph, objects [{label, area, counts}]}, where `counts` are run
-    lengths down the columns of the box, beginning with background.
+    split: "train", "val" or "test"; size: [H, W]; sha256: of the file; boxes: cut-outs
+    [x, y, w, h]; objects: list of {label, area, counts}, where `counts` are run lengths down the
+    columns of the photograph, beginning with background.
     """
     return json.loads((HERE / "demo_data" / "photos.json").read_text(encoding="utf-8"))
 
 
-def decode(counts: Sequence[int], size: tuple[int, int]) -> Mask:
+def decode(counts: Sequence[int], size: Sequence[int]) -> Mask:
     """Mask bool [H, W] from run lengths that alternate background, foreground down the columns."""
     runs = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
     return runs.reshape(size[1], size[0]).T
+
+
+def encode(mask: Mask) -> list[int]:
+    """Run lengths of a mask bool [H, W]: the inverse of `decode`."""
+    column_major = mask.T.ravel()
+    borders = np.flatnonzero(column_major[1:] != column_major[:-1]) + 1
+    runs = np.diff(borders, prepend=0, append=column_major.size).tolist()
+    return [0, *runs] if column_major[0] else runs
+
+
+def _masks(facts: dict[str, Any]) -> list[Labelled]:
+    return [(item["label"], decode(item["counts"], facts["size"])) for item in facts["objects"]]
+
+
+def _inside(masks: Sequence[Labelled], box: Sequence[int]) -> list[Labelled]:
+    """The objects of a cut-out: those with at least VISIBLE of their area in the box."""
+    x, y, width, height = box
+    cut = [(label, mask, mask[y : y + height, x : x + width]) for label, mask in masks]
+    return [(label, crop) for label, mask, crop in cut if crop.sum() >= VISIBLE * mask.sum()]
 
 
 def _photo(name: str, size: Sequence[int]) -> Image.Image:
@@ -119,26 +142,26 @@ def _photo(name: str, size: Sequence[int]) -> Image.Image:
     return photo
 
 
-def _coco(pictures: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, list[Any]]:
+def _coco(pictures: Sequence[Picture]) -> dict[str, list[Any]]:
     """One split as COCO: images, categories (alphabetical) and annotations."""
-    labels = sorted({item["label"] for picture in pictures for item in picture["objects"]})
+    labels = sorted({label for _, objects in pictures for label, _ in objects})
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for image_id, (picture, name) in enumerate(zip(pictures, names, strict=True), start=1):
-        width, height = picture["box"][2:]
+    for image_id, (name, objects) in enumerate(pictures, start=1):
+        height, width = objects[0][1].shape
         images.append({"id": image_id, "file_name": name, "width": width, "height": height})
-        for item in picture["objects"]:
-            rows, columns = np.nonzero(decode(item["counts"], (height, width)))
+        for label, mask in objects:
+            rows, columns = np.nonzero(mask)
             left, top = int(columns.min()), int(rows.min())
             extent = [int(columns.max()) - left + 1, int(rows.max()) - top + 1]
             annotations.append(
                 {
                     "id": len(annotations) + 1,
                     "image_id": image_id,
-                    "category_id": labels.index(item["label"]) + 1,
-                    "segmentation": {"size": [height, width], "counts": item["counts"]},
+                    "category_id": labels.index(label) + 1,
+                    "segmentation": {"size": [height, width], "counts": encode(mask)},
                     "bbox": [left, top, *extent],
-                    "area": item["area"],
+                    "area": len(rows),
                     "iscrowd": 0,
                 }
             )

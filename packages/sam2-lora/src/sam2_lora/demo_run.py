@@ -33,8 +33,8 @@ class Options:
 
     output: str = option("demo_run", "Folder for the data, the runs and the pictures.", "output")
     overwrite: bool = option(False, "Replace the results of an earlier demo.", "output")
-    steps: int = option(300, "Optimizer updates.", "training")
-    learning_rate: float = option(2e-3, "Peak learning rate.", "training")
+    steps: int = option(200, "Optimizer updates.", "training")
+    learning_rate: float = option(1e-3, "Peak learning rate.", "training")
     batch_size: int = option(4, "Photographs per update.", "training")
     seeds: int = option(
         1, "Train so often, each time with another seed, and show the mean.", "training"

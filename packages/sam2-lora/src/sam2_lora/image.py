@@ -15,7 +15,7 @@ from __future__ import annotations
 import stat
 import struct
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -145,7 +145,7 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
         raise DataError(f"{path}: cannot be read: {error}") from None
 
 
-def open_bounded(file: Path | BinaryIO, formats: Sequence[str] = FORMATS) -> Image.Image:
+def open_bounded(file: Path | BinaryIO, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """Read a picture's header.
 
     Raises:

@@ -14,6 +14,7 @@ from lora_core.errors import DataError
 Mask = NDArray[np.bool_]
 Size = tuple[int, int]  # (height, width)
 
+TINY = 1e-9  # an exact half, or a tie, must not depend on rounding
 EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
 
 
@@ -69,6 +70,8 @@ def trim(crop: Mask, origin: tuple[int, int], size: Size, label: str) -> Object:
 
 def components(item: Object) -> list[Object]:
     """The connected parts of an object (pixels touch at sides or corners), in reading order."""
+    if not item.crop.size:
+        return []
     numbered, _ = ndimage.label(item.crop, structure=EIGHT_NEIGHBOURS)
     x, y = item.origin
     return [
@@ -109,9 +112,9 @@ def resized(item: Object, size: Size) -> Mask:
     x, y = item.origin
     share = _average(item.crop, rows * (item.size[0] / height) - y)
     share = _average(share.T, columns * (item.size[1] / width) - x).T
-    half = share >= 0.5 - 1e-9  # an exact half must not depend on rounding
-    if item.crop.any() and not half.any():
-        half.flat[share.argmax()] = True
+    half = share >= 0.5 - TINY
+    if share.size and not half.any():
+        half.flat[(share >= share.max() - TINY).argmax()] = True
     full = np.zeros(size, dtype=bool)
     full[rows[0] : rows[-1], columns[0] : columns[-1]] = half
     return full

@@ -82,18 +82,21 @@ class Record:
         """The annotations' masks, decoded anew at each access; empty ones are left out.
 
         Raises:
-            DataError: an annotation cannot be decoded.
+            DataError: annotations cannot be decoded; one line for each.
         """
         if self.mask is not None:
             return self._mask_objects(self.mask)
-        found = []
+        found, problems = [], []
         for shape in self.shapes:
             try:
                 item = shape.decode(self.size)
             except DataError as error:
-                raise DataError(f"{shape.where}: {error}") from None
+                problems.append(f"{shape.where}: {error}")
+                continue
             if item.crop.size:
                 found.append(item)
+        if problems:
+            raise DataError("\n".join(problems))
         return found
 
     def _mask_objects(self, path: Path) -> list[Object]:

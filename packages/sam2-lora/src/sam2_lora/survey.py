@@ -67,7 +67,7 @@ def check(records: Sequence[Record], cfg: Config) -> Counts:
         try:
             found = objects_of(record, cfg)
         except DataError as error:
-            counts.problems.append(str(error))
+            counts.problems += str(error).splitlines()
             continue
         counts.looked_at += 1
         counts.empty += not found.kept and not found.small
