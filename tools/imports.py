@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # In lora_core, the only modules that may reach these libraries, even inside a function.
 HOME_IN_CORE = {
     "transformers": {"trainer", "training_arguments", "training_flow"},
-    "accelerate": {"trainer", "training_flow"},
+    "accelerate": {"trainer", "training_arguments", "training_flow"},
     "peft": {"peft_bridge", "testing"},
     "tensorboard": {"report"},
 }

@@ -93,6 +93,7 @@ WRONG_TENSORS = {
         lambda t: [t.pop(key) for key in list(t) if key.startswith("blocks.1.proj.")],
         ["blocks.1.proj: its tensors are missing"],
     ),
+    "missing_weight": (lambda t: t.pop("head.1.weight"), ["head.1.weight is missing"]),
     "missing_head": (lambda t: t.pop("head.1.bias"), ["head.1.bias is missing"]),
     "unknown_module": (
         lambda t: t.update({"blocks.0.qvk.lora_A.weight": t.pop(A0)}),
@@ -148,6 +149,14 @@ def test_all_problems_are_reported_together(saved):
 
     edit(saved, spoil)
     assert refused(saved).count("has shape (5, 8)") == 4
+
+
+def test_two_adapters_for_one_shared_weight_are_refused(tmp_path):
+    path = save_adapter(trained(PLAIN), tmp_path / "a.pt")
+    model = Net()
+    model.blocks[1]["proj"].weight = model.blocks[0]["proj"].weight
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.proj: its weight is also that"):
+        load_adapter(model, path)
 
 
 def test_values_outside_the_slices_are_refused(saved):
@@ -263,6 +272,7 @@ class Hostile:
         return os.system, ("touch canary",)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
 def test_a_pickle_that_would_run_a_program_is_refused_and_does_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"format": 1, "config": {}, "tensors": {}, "x": Hostile()}, tmp_path / "a.pth")

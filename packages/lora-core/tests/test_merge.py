@@ -189,6 +189,16 @@ def test_deltas_are_what_merging_adds():
         assert_close_golden(before[key] + change, merged[key])
 
 
+def test_a_merged_state_dict_does_not_follow_the_live_model():
+    model = trained(CASES["saved_and_biases"])
+    merge(model)
+    state = merged_state_dict(model)
+    before = {key: value.clone() for key, value in state.items()}
+    unmerge(model)
+    disturb(model, seed=3)
+    assert all(torch.equal(state[key], value) for key, value in before.items())
+
+
 # -- into the original file ------------------------------------------------------------------------
 
 
@@ -205,6 +215,14 @@ def test_merging_into_the_original_file_keeps_its_names_order_dtypes_and_extras(
     assert_close_golden(state["module.qkv.weight"], exact, atol=1e-6)  # not rounded to bf16
     assert torch.equal(state["module.norm.weight"], model.norm.weight.double())
     assert torch.equal(state["module.qkv.bias"], model.qkv.bias.double())
+
+
+def test_switched_off_adapters_leave_the_file_as_it_is():
+    base = {key: value.double() for key, value in Net().state_dict().items()}
+    model = trained(CASES["saved_and_biases"]).to(torch.bfloat16)
+    set_adapters(model, [])
+    state = merged_state_dict(model, base)
+    assert all(state[key] is value for key, value in base.items())
 
 
 def test_dora_takes_its_norm_from_the_file():
@@ -430,6 +448,17 @@ def test_memory_that_an_unadapted_layer_shares_is_refused_unless_untied():
     unmerge(model)
     assert torch.equal(model(X), expected)
     assert model.one.weight.data_ptr() == model.two.weight.data_ptr()
+
+
+def test_a_file_holds_a_shared_weight_once_or_twice():
+    model = tied(view=False)
+    expected = merged_state_dict(model)
+    base = Tied(view=False).state_dict()
+    for keys in (["one.weight"], ["two.weight"], ["one.weight", "two.weight"]):
+        file = {key: base[key] for key in [*keys, "one.bias", "two.bias"]}
+        state = merged_state_dict(model, file)
+        assert list(state) == list(file)
+        assert all(torch.equal(state[key], expected[key]) for key in state)
 
 
 def test_a_module_under_two_names_is_merged_once():

@@ -235,6 +235,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
         config, metadata = content["config"], content.get("metadata", {})
         _check_types(path, config=config, metadata=metadata, tensors=content["tensors"])
         extra = config.pop(OWN, {})
+        _check_types(path, extra=extra, layers=extra.get("layers", {}))
         return AdapterFile(path, config, _tensors(path, content["tensors"]), metadata, extra)
     return AdapterFile(path, {}, _tensors(path, content))
 
@@ -260,6 +261,7 @@ def _read_folder(path: Path) -> AdapterFile:
     _check_format(weights, record.get("format"))
     _check_types(weights, **{k: record.get(k) for k in ("config", "extra", "metadata")})
     extra = record["extra"]
+    _check_types(weights, layers=extra.get("layers", {}))
     if config is not None and config != record["config"]:
         changed = [
             k for k in {*config, *record["config"]} if config.get(k) != record["config"].get(k)

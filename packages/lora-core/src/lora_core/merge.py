@@ -19,7 +19,7 @@ from lora_core.errors import CheckpointError, ConfigError, NumericError, near
 from lora_core.inject import full_tensors, lora_layers
 from lora_core.layers import LoraLayer
 from lora_core.module_names import clean, join, unwrapped
-from lora_core.state_keys import changed_names, keys_of, own_state, refuse_ties
+from lora_core.state_keys import changed_names, keys_of_weights, own_state, refuse_ties
 
 NOISE_LIMIT = 0.1  # share of the adapters' effect that rounding may take without a warning
 # How much of a probe's largest output merging may change: some roundings of the weights' dtype.
@@ -90,17 +90,10 @@ def merge(
     report = MergeReport(noise)
     if probe is not None and before is not None:
         report = MergeReport(noise, _difference(before, _output(model, probe)))
-        dtypes = {tensor.dtype for tensors, _ in plan.values() for tensor in tensors.values()}
-        bound = max(TOLERANCE.get(dtype, 0.1) for dtype in dtypes)
-        if not (report.output_error or 0.0) <= bound:
-            unmerge(model)
-            raise NumericError(
-                f"merging changed the probe's output by {report.output_error:.1e} of its largest "
-                f"value, allowed {bound:.0e}; nothing was merged. Merge into an fp32 base"
-            )
+        _refuse_drift(model, report, plan.values())
     if not keep:
         for layer in layers.values():
-            _KEPT.pop(layer, None)
+            del _KEPT[layer]
     _warn(noise)
     return report
 
@@ -152,24 +145,29 @@ def merged_state_dict(
     model = unwrapped(model)
     if not untie:
         refuse_ties(model)
+    layers = lora_layers(model)
+    _refuse_shards(layers)
     own = own_state(model)
     result = dict(own if base is None else base)
     in_result = rename if rename and base is not None else str
-    changed: dict[str, Tensor] = {}
-    if base is not None:  # `own` has them already
-        changed = {in_result(clean(key)): own[clean(key)] for key in _trained_in_full(model)}
+    kept = [
+        clean(key) for key in _trained_in_full(model, layers)
+    ]  # values that training may change again
+    changed = {in_result(key): own[key].clone() for key in kept}
+    keys_by_weight = keys_of_weights(model)
     noise: dict[str, float] = {}
-    for path, layer in lora_layers(model).items():
-        adapters = layer.lora_merged or layer.lora_active
-        if base is None and layer.lora_merged:
-            continue
+    for path, layer in layers.items():
+        adapters = layer.lora_merged or tuple(layer.lora_active)
         places = {}  # a weight that the model has under several keys may have one in the file
         for name in changed_names(layer, adapters):
-            keys = [in_result(key) for key in keys_of(model, layer, name)]
+            keys = [in_result(key) for key in keys_by_weight[id(layer.lora_raw(name))]]
             places[name] = [key for key in keys if key in result] or keys[:1]
-        into = {n: _like(result, keys[0], layer.lora_raw(n)) for n, keys in places.items()}
-        tensors, part = _merged(path, layer, adapters, dtype, into)
-        noise |= {join(clean(path), name): value for name, value in part.items()}
+        if base is None and layer.lora_merged:
+            tensors = {name: layer.lora_raw(name).detach().clone() for name in places}
+        else:
+            into = {n: _like(result, keys[0], layer.lora_raw(n)) for n, keys in places.items()}
+            tensors, part = _merged(path, layer, adapters, dtype, into)
+            noise |= {join(clean(path), name): value for name, value in part.items()}
         for name, tensor in tensors.items():
             changed |= dict.fromkeys(places[name], tensor)
     for key, tensor in changed.items():
@@ -206,12 +204,32 @@ def _mergeable(model: nn.Module) -> dict[str, LoraLayer]:
             if not layers
             else "nothing to merge: no adapter is active, call set_adapters(model, ...) first"
         )
-    for layer in active.values():
+    _refuse_shards(active)
+    return active
+
+
+def _refuse_shards(layers: Mapping[str, LoraLayer]) -> None:
+    for layer in layers.values():
         if any(hasattr(parameter, "full_tensor") for parameter in layer.parameters()):
             raise ConfigError(
                 "the weights are sharded: save the adapter, load it in one process, merge there"
             )
-    return active
+
+
+def _refuse_drift(
+    model: nn.Module,
+    report: MergeReport,
+    merged: Iterable[tuple[Mapping[str, Tensor], Mapping[str, float]]],
+) -> None:
+    """Undo the merge if the probe's output changed by more than rounding explains."""
+    dtypes = {tensor.dtype for tensors, _ in merged for tensor in tensors.values()}
+    bound = max(TOLERANCE.get(dtype, 0.1) for dtype in dtypes)
+    if report.output_error is not None and not report.output_error <= bound:  # NaN counts too
+        unmerge(model)
+        raise NumericError(
+            f"merging changed the probe's output by {report.output_error:.1e} of its largest "
+            f"value, allowed {bound:.0e}; nothing was merged. Merge into an fp32 base"
+        )
 
 
 def _warn(noise: Mapping[str, float]) -> None:
@@ -309,9 +327,9 @@ def _difference(before: Tensor, after: Tensor) -> float:
 # State dicts
 
 
-def _trained_in_full(model: nn.Module) -> set[str]:
-    """Keys of what the adapters on the model trained besides their factors."""
-    names = getattr(model, "_lora_configs", {})
+def _trained_in_full(model: nn.Module, layers: Mapping[str, LoraLayer]) -> set[str]:
+    """Keys of what the active adapters trained besides their factors."""
+    names = {name for layer in layers.values() for name in layer.lora_active}
     return {key for name in names for key in full_tensors(model, name)}
 
 

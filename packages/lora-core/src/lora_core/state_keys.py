@@ -23,15 +23,16 @@ def changed_names(layer: LoraLayer, adapters: Iterable[str] | None = None) -> li
     return [name for name in names if layer._parameters.get(name) is not None]
 
 
-def keys_of(model: nn.Module, layer: LoraLayer, name: str) -> list[str]:
-    """Every state-dict key of an adapted weight: of shared modules, and of layers tied to it."""
-    raw = layer.lora_raw(name)
-    return [
-        join(clean(path), key)
-        for path, module in [*_places(model, LoraLayer), *_places(model, TiedLayer)]
-        for key, parameter in module._parameters.items()
-        if parameter is raw
-    ]
+def keys_of_weights(model: nn.Module) -> dict[int, list[str]]:
+    """id of a parameter of an adapted layer -> all its state-dict keys.
+
+    Several where a module has two names, or where layers tied to it share the weight.
+    """
+    keys: dict[int, list[str]] = {}
+    for path, module in [*_places(model, LoraLayer), *_places(model, TiedLayer)]:
+        for name, parameter in module._parameters.items():
+            keys.setdefault(id(parameter), []).append(join(clean(path), name))
+    return keys
 
 
 def own_state(model: nn.Module) -> dict[str, Tensor]:

@@ -27,11 +27,22 @@ from lora_core import checkpoint
 from lora_core.errors import ConfigError
 from lora_core.report import Progress, RunLog, duration, figure, say
 from lora_core.schedule import EpochSampler, lr_factor
-from lora_core.training_arguments import choose_device, choose_precision, training_arguments
+from lora_core.training_arguments import (
+    choose_device,
+    choose_precision,
+    first_rank_decides,
+    training_arguments,
+)
 from lora_core.training_checks import check_samples, check_trainable, untouched
 from lora_core.training_flow import Flow, Loss, LossModule
 
-__all__ = ["LoraTrainer", "choose_device", "choose_precision", "training_arguments"]
+__all__ = [
+    "LoraTrainer",
+    "choose_device",
+    "choose_precision",
+    "first_rank_decides",
+    "training_arguments",
+]
 
 
 class LoraTrainer(Trainer):
@@ -126,9 +137,7 @@ class LoraTrainer(Trainer):
 
     # -- the loop: what Trainer leaves open ----------------------------------------------------
 
-    def train(
-        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
-    ) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train, or continue exactly from a checkpoint folder of this run (True: the latest)."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(checkpoint.latest(str(self.args.output_dir)))

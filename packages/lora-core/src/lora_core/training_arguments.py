@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_origin, get_type_hints
 
 import torch
 
 from lora_core import config_types
-from lora_core.errors import ConfigError, listing, near
+from lora_core.errors import ConfigError, UserError, listing, near
 from lora_core.report import say
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 Precision = Literal["fp32", "bf16", "fp16"]
+T = TypeVar("T")
 
 # What every package sets from settings of its own, or the trainer by itself.
 SET_BY_US = {
@@ -108,6 +110,30 @@ def choose_device(name: str = "auto") -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def first_rank_decides(make: Callable[[], T], device: torch.device) -> T:
+    """Call `make` in the first process of a run only, and give its result to all of them.
+
+    For what must not be done twice, such as making the folder of a run. A `UserError` is raised in
+    all processes, so that none waits for the others.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return make()
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    state = PartialState(cpu=device.type == "cpu")  # alone it would not see the other processes
+    outcome: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            outcome[0] = make()
+        except UserError as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def choose_precision(name: str, device: torch.device | str) -> Precision:

@@ -22,6 +22,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_core.config import dump
 from lora_core.errors import CheckpointError, ConfigError
 from sam2_lora.config import Config
 
@@ -55,7 +56,7 @@ class Run:
 
 
 def new_run(cfg: Config, size: str) -> Run:
-    """Make the folder of a new run: settings and time in its name, never one that exists.
+    """Make the folder of a new run, which holds its settings; never one that exists.
 
     Raises:
         ConfigError: the folder cannot be made.
@@ -73,6 +74,7 @@ def new_run(cfg: Config, size: str) -> Run:
             continue
         except OSError as error:
             raise ConfigError(f"--output_dir {run.folder.absolute()}: {error.strerror}") from error
+        dump(cfg, run.config)
         return run
     raise AssertionError("unreachable")
 

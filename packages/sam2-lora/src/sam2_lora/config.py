@@ -78,7 +78,7 @@ class Config:
     objects: Literal["auto", "components", "annotations", "union"] = option(
         "auto",
         "What one object is: a connected component, one annotation, or all of one class together; "
-        "auto takes components of binary and label masks and annotations otherwise.",
+        "auto takes components of binary and label masks and Kaggle rows, else annotations.",
         "data",
     )
     min_object_area: int = option(16, "Objects with fewer pixels are left out and counted.", "data")

@@ -234,8 +234,8 @@ def _annotation(kind: int, mask: Mask) -> dict[str, Any]:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     top, left = int(rows[0]), int(columns[0])
     crop = mask[top : rows[-1] + 1, left : columns[-1] + 1]
-    image = Image.fromarray(crop.astype(np.uint8), mode="P")
-    image.putpalette([0, 0, 0, 255, 255, 255])
+    image = Image.fromarray(crop.astype(np.uint8))
+    image.putpalette([0, 0, 0, 255, 255, 255])  # makes it a palette image
     png = io.BytesIO()
     image.save(png, format="PNG", transparency=0)
     data = base64.b64encode(zlib.compress(png.getvalue())).decode("ascii")

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_core.config import dump, parse
+from lora_core.config import parse
 from lora_core.errors import run as guarded
 from lora_core.report import RunLog, say, table
 from sam2_lora.artifacts import Artifacts, Run, find_run, new_run
@@ -44,7 +44,12 @@ def train(argv: Sequence[str]) -> int:
     """
     cfg, run = settings(argv)
 
-    from lora_core.trainer import LoraTrainer, choose_device, training_arguments
+    from lora_core.trainer import (
+        LoraTrainer,
+        choose_device,
+        first_rank_decides,
+        training_arguments,
+    )
     from sam2_lora import data, losses, metrics, model, placement
 
     device = choose_device(cfg.device)
@@ -55,8 +60,8 @@ def train(argv: Sequence[str]) -> int:
     else:
         say(placement.adapt(network, cfg))
     network.to(device)
-    run = run or new_run(cfg, network.sam2_base.variant.rpartition("_hiera_")[2])
-    dump(cfg, run.config)
+    size = network.sam2_base.variant.rpartition("_hiera_")[2]
+    run = run or first_rank_decides(lambda: new_run(cfg, size), device)
     if cfg.cache_dir:
         splits.train.features = cached_features(network, cfg)
 
@@ -100,7 +105,7 @@ def train(argv: Sequence[str]) -> int:
         referenced=artifacts.steps,
     )
     trainer.train(resume_from_checkpoint=bool(cfg.resume) or None)
-    conclude(trainer, artifacts, splits, cfg)
+    first_rank_decides(lambda: conclude(trainer, artifacts, splits, cfg), device)
     log.close()
     return 0
 

@@ -1,0 +1,69 @@
+"""What both benchmarks measure: time, bytes kept for the backward pass, and tables of them.
+
+torch is imported only where it is needed: `sam2_step.py` starts its processes from a small one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def timed(run: Callable[[], Any], device: str) -> tuple[float, Any]:
+    """Seconds that `run` takes, and its result.
+
+    On the CPU the process' own time over all its threads, which other programs on the machine
+    disturb least; on CUDA the time between two events.
+    """
+    if device == "cpu":
+        start = time.process_time()
+        result = run()
+        return time.process_time() - start, result
+    import torch
+
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    first.record()
+    result = run()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1000, result
+
+
+def with_saved_bytes(run: Callable[[], Any], parameters: Iterable[Tensor]) -> tuple[int, Any]:
+    """Bytes that the forward pass `run` keeps for the backward pass, and its result.
+
+    Each storage counts once and whole; those of `parameters` do not count. The result keeps the
+    graph alive, so that no two storages share an address.
+    """
+    import torch
+
+    known = {p.untyped_storage().data_ptr() for p in parameters}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    return sum(sizes.values()), result
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A markdown table; numbers are written with two decimals, or none from 100 on."""
+    lines = [header, ["---"] * len(header), *([cell(value) for value in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def cell(value: object) -> str:
+    """The text of one entry."""
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2f}"
+    return str(value)
