@@ -21,14 +21,12 @@ steps, AdamW's state included. Seconds are medians over the steps after the firs
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import resource
 import statistics
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from measure import markdown, timed, with_saved_bytes
+from measure import timed, with_saved_bytes
 
 from sam2_lora.config import Config
 
@@ -165,3 +163,50 @@ def measure(method: str, cfg: Config, args: argparse.Namespace) -> Cost:
         del loss
     seconds = (statistics.median(part) for part in zip(*times, strict=True))
     return Cost(sum(p.numel() for p in trained), *seconds, peak_memory(args.device) - built, kept)
+
+
+def table(costs: dict[str, Cost]) -> str:
+    """Figures of each method, and ours against PEFT's above the floor."""
+    header = ("method", "trained", "forward s", "backward s", "update s", "peak MB", "kept MB")
+    rows = [
+        [name, f"{c.trained:,}", c.forward, c.backward, c.update, c.peak / MB, c.kept / MB]
+        for name, c in costs.items()
+    ]
+    floor, ours, theirs = (costs[name] for name in METHODS)
+    above, limit = ours.kept - floor.kept, theirs.kept - floor.kept
+    text = f"kept above the floor: lora_core {above / MB:.1f} MB, PEFT {limit / MB:.1f} MB"
+    return f"{markdown(header, rows)}\n\n{text}, ratio {above / limit:.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--variant", choices=["tiny", "small", "base_plus", "large"], default="tiny"
+    )
+    parser.add_argument("--image_size", default="512", help="side, or HEIGHTxWIDTH")
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--objects", type=int, default=1, help="per picture")
+    parser.add_argument("--targets", default="default", help="as for sam2-lora train")
+    parser.add_argument("--lora_rank", type=int, default=8)
+    parser.add_argument("--lora_dropout", type=float, default=0.05)
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--bf16", action="store_true", help="under autocast")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    shared = ("image_size", "batch_size", "targets", "lora_rank", "lora_dropout")
+    shared += ("gradient_checkpointing",)
+    cfg = Config(**{name: getattr(args, name) for name in shared})
+    fresh = multiprocessing.get_context("spawn")
+    costs = {}
+    for method in METHODS:
+        with ProcessPoolExecutor(1, mp_context=fresh) as process:
+            costs[method] = process.submit(measure, method, cfg, args).result()
+    print(table(costs))
+
+
+if __name__ == "__main__":
+    main()

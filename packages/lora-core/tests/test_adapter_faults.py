@@ -13,8 +13,8 @@ from torch import nn
 from lora_core.adapter_file import load_adapter, save_adapter
 from lora_core.config import LoraConfig, Slices
 from lora_core.errors import CheckpointError
-from lora_core.inject import inject, lora_layers
-from lora_core.merge import merge
+from lora_core.injection import inject, lora_layers
+from lora_core.merging import merge
 from lora_core.testing import disturb
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

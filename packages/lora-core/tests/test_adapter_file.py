@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from lora_core.adapter_file import load_adapter, read_adapter, save_adapter
 from lora_core.config import LoraConfig, Slices
 from lora_core.errors import CheckpointError, ConfigError
-from lora_core.inject import inject, lora_layers, set_adapters
-from lora_core.merge import merge
+from lora_core.injection import inject, lora_layers, set_adapters
+from lora_core.merging import merge
 from lora_core.testing import assert_close_golden, disturb
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -157,7 +157,7 @@ def test_bytes_are_the_same_in_every_process(tmp_path):
         "from torch import nn\n"
         "from lora_core.adapter_file import save_adapter\n"
         "from lora_core.config import LoraConfig\n"
-        "from lora_core.inject import inject\n"
+        "from lora_core.injection import inject\n"
         "torch.manual_seed(0)\n"
         "model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))\n"
         "inject(model, LoraConfig(['0', '1'], rank_pattern={'1': 2}))\n"

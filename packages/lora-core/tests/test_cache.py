@@ -13,8 +13,8 @@ from torch import nn
 from lora_core.cache import FeatureCache, fingerprint
 from lora_core.config import LoraConfig
 from lora_core.errors import CheckpointError
-from lora_core.inject import inject
-from lora_core.merge import merge
+from lora_core.injection import inject
+from lora_core.merging import merge
 from lora_core.testing import disturb
 
 GB = 10**9

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from lora_core.config import LoraConfig, Slices
-from lora_core.inject import inject, trainable_parameters
+from lora_core.injection import inject, trainable_parameters
 
 
 class Net(nn.Module):

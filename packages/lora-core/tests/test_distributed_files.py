@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from lora_core.adapter_file import load_adapter, read_adapter, save_adapter
 from lora_core.config import LoraConfig, Slices
 from lora_core.errors import CheckpointError
-from lora_core.inject import inject
+from lora_core.injection import inject
 from lora_core.testing import disturb
 
 FORMS = ["adapter", "adapter.pt"]

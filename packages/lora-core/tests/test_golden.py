@@ -1,7 +1,7 @@
 """The sixteen recorded cases: outputs, every gradient, starts, several adapters, ten steps.
 
 `goldens/<case>/README.md` says how each was made; most by PEFT 0.21.2, the attention cases by the
-formula in fp64. What merging makes of them is tested in `test_merge.py`.
+formula in fp64. What merging makes of them is tested in `test_merging.py`.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lora_core.config import LoraConfig, Slices
 from lora_core.functional import Branch, lora_linear
-from lora_core.inject import adapters_off, full_tensors, inject, lora_layers, set_adapters
+from lora_core.injection import adapters_off, full_tensors, inject, lora_layers, set_adapters
 from lora_core.testing import assert_close_golden, assert_gradient_close, load_golden
 
 GOLDENS = Path(__file__).parent / "goldens"

@@ -7,7 +7,7 @@ from torch import nn
 from lora_core import dropout
 from lora_core.config import LoraConfig
 from lora_core.functional import Branch, lora_linear
-from lora_core.inject import inject, trainable_parameters
+from lora_core.injection import inject, trainable_parameters
 
 pytestmark = [
     pytest.mark.gpu,

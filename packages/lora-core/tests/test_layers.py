@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_core.config import LoraConfig, Slices
 from lora_core.errors import CheckpointError, ConfigError, NumericError
-from lora_core.inject import adapters_off, inject, lora_layers, remove, set_adapters
+from lora_core.injection import adapters_off, inject, lora_layers, remove, set_adapters
 from lora_core.layers import LoraLayer
 
 

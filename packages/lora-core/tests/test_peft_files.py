@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lora_core.adapter_file import load_adapter, save_adapter
 from lora_core.config import LoraConfig, Slices
-from lora_core.inject import inject, lora_layers, set_adapters
+from lora_core.injection import inject, lora_layers, set_adapters
 from lora_core.testing import assert_close_golden, disturb, load_golden
 
 GOLDENS = Path(__file__).parent / "goldens"

@@ -22,7 +22,7 @@ from transformers import TrainingArguments
 from lora_core import checkpoint
 from lora_core.config import LoraConfig
 from lora_core.errors import CheckpointError, ConfigError, DataError, NumericError
-from lora_core.inject import inject
+from lora_core.injection import inject
 from lora_core.report import RunLog
 from lora_core.schedule import FLOOR, EpochSampler, lr_factor
 from lora_core.trainer import LoraTrainer, choose_device, choose_precision, training_arguments

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lora_core.inject import lora_layers
+from lora_core.injection import lora_layers
 from sam2_lora import model as m
 from sam2_lora import names, placement
 from sam2_lora.config import Config

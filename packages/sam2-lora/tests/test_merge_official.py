@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_core.errors import CheckpointError, ConfigError, NumericError
-from lora_core.inject import adapters_off, lora_layers
+from lora_core.injection import adapters_off, lora_layers
 from sam2_lora import export as x
 from sam2_lora import merge, names, official, placement
 from sam2_lora import model as m

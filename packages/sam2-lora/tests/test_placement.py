@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_core.inject import lora_layers
+from lora_core.injection import lora_layers
 from lora_core.targets import resolve
 from sam2_lora import model as m
 from sam2_lora import official, placement

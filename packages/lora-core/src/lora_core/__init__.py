@@ -14,19 +14,19 @@ __version__ = "0.1.0"
 _HOME = {
     "LoraConfig": "config",
     "Slices": "config",
-    "adapters_off": "inject",
+    "adapters_off": "injection",
     "functional": "functional",
-    "inject": "inject",
+    "inject": "injection",
     "load_adapter": "adapter_file",
-    "lora_layers": "inject",
-    "merge": "merge",
-    "merged_state_dict": "merge",
-    "parameter_groups": "inject",
-    "remove": "inject",
+    "lora_layers": "injection",
+    "merge": "merging",
+    "merged_state_dict": "merging",
+    "parameter_groups": "injection",
+    "remove": "injection",
     "save_adapter": "adapter_file",
-    "set_adapters": "inject",
-    "summary": "inject",
-    "unmerge": "merge",
+    "set_adapters": "injection",
+    "summary": "injection",
+    "unmerge": "merging",
 }
 __all__ = sorted(_HOME)
 
@@ -36,25 +36,24 @@ if TYPE_CHECKING:
     from lora_core.adapter_file import save_adapter as save_adapter
     from lora_core.config import LoraConfig as LoraConfig
     from lora_core.config import Slices as Slices
-    from lora_core.inject import adapters_off as adapters_off
-    from lora_core.inject import inject as inject
-    from lora_core.inject import lora_layers as lora_layers
-    from lora_core.inject import parameter_groups as parameter_groups
-    from lora_core.inject import remove as remove
-    from lora_core.inject import set_adapters as set_adapters
-    from lora_core.inject import summary as summary
-    from lora_core.merge import merge as merge
-    from lora_core.merge import merged_state_dict as merged_state_dict
-    from lora_core.merge import unmerge as unmerge
+    from lora_core.injection import adapters_off as adapters_off
+    from lora_core.injection import inject as inject
+    from lora_core.injection import lora_layers as lora_layers
+    from lora_core.injection import parameter_groups as parameter_groups
+    from lora_core.injection import remove as remove
+    from lora_core.injection import set_adapters as set_adapters
+    from lora_core.injection import summary as summary
+    from lora_core.merging import merge as merge
+    from lora_core.merging import merged_state_dict as merged_state_dict
+    from lora_core.merging import unmerge as unmerge
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'lora_core' has no attribute {name!r}")
+    # No function here has the name of a submodule: importing that would put it in its place.
     home = import_module(f"lora_core.{_HOME[name]}")
-    # `inject` and `merge` are also names of submodules: the function must win over the module
-    # that the import has just bound here.
-    globals()[name] = home if name == _HOME[name] == "functional" else getattr(home, name)
+    globals()[name] = home if name == "functional" else getattr(home, name)
     return globals()[name]
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, distributed, nn
 from lora_core import adapter_layout
 from lora_core.adapter_match import Match, match
 from lora_core.errors import CheckpointError, ConfigError, near
-from lora_core.inject import full_tensors, inject, lora_layers
+from lora_core.injection import full_tensors, inject, lora_layers
 from lora_core.module_names import Rename, clean, file_paths, unwrapped
 from lora_core.tensor_file import (
     atomic_write,

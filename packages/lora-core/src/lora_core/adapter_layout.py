@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_core import mechanisms
-from lora_core.inject import _configs
+from lora_core import initialise
+from lora_core.injection import configs
 from lora_core.layers import AdapterSpec, LoraLayer
 from lora_core.module_names import clean, exactly, join, targets
 from lora_core.targets import adaptable_view, saved_modules
@@ -92,7 +92,7 @@ def file_shapes(spec: AdapterSpec, module: nn.Module) -> dict[str, tuple[int, ..
     for name in spec.weight_names:
         weight = module._parameters[name]
         assert weight is not None
-        A, B = mechanisms._pair_shapes(weight, whole)
+        A, B = initialise.pair_shapes(weight, whole)
         if spec.kind == "embedding":
             shapes |= {"lora_embedding_A": A, "lora_embedding_B": B}
         else:
@@ -114,7 +114,7 @@ def layout(spec: AdapterSpec) -> tuple[object, ...]:
 
 def extra(model: nn.Module, name: str, layers: Layers, paths: Mapping[str, str]) -> dict[str, Any]:
     """What PEFT has no word for."""
-    config = _configs(model)[name]
+    config = configs(model)[name]
     return {
         "layers": {
             file_prefix(model, live, paths): layer_facts(layer.lora_adapters[name])
@@ -134,7 +134,7 @@ def adapter_config(
     model: nn.Module, name: str, layers: Layers, paths: Mapping[str, str]
 ) -> dict[str, Any]:
     """The fields of PEFT's `adapter_config.json`; `layers` are those with this adapter."""
-    lora = _configs(model)[name]
+    lora = configs(model)[name]
     saved = sorted(paths[live] for live in saved_modules(adaptable_view(model), lora))
     everything = [path for path in paths.values() if path]
     modules, parameters = _targets(model, layers, paths, everything)

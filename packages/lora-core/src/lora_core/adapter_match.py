@@ -17,7 +17,7 @@ from lora_core.adapter_layout import file_prefix, file_shapes, file_target, full
 from lora_core.adapter_settings import check_settings, layer_settings, lora_config, target_parameter
 from lora_core.config import LoraConfig
 from lora_core.errors import CheckpointError, ConfigError, listing, near
-from lora_core.inject import _full_keys
+from lora_core.injection import full_keys
 from lora_core.mechanisms import kind_of
 from lora_core.module_names import is_target, join
 from lora_core.targets import resolve
@@ -241,7 +241,7 @@ def _full_tensors(
     """(state-dict key -> value, problems)."""
     state = model.state_dict()
     expected = {
-        full_file_key(model, key, paths, plan): key for key in _full_keys(model, config, plan)
+        full_file_key(model, key, paths, plan): key for key in full_keys(model, config, plan)
     }
     if not file.extra:  # PEFT leaves out in_proj_bias, and keeps copies of the base's values
         rest = {key: t for key, t in rest.items() if ".original_module." not in f".{key}"}

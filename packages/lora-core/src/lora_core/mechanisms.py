@@ -304,6 +304,3 @@ def _container(module: nn.Module, name: str, kind: Callable[[], Any]) -> Any:
     if name not in module._modules:
         setattr(module, name, kind())
     return module._modules[name]
-
-
-_pair_shapes = initialise.pair_shapes

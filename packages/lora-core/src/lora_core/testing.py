@@ -24,16 +24,16 @@ from torch import Tensor, nn
 from lora_core.adapter_file import load_adapter, save_adapter
 from lora_core.config import LoraConfig
 from lora_core.errors import UserError
-from lora_core.inject import (
-    _configs,
+from lora_core.injection import (
     adapters_off,
+    configs,
     full_tensors,
     inject,
     lora_layers,
     remove,
     trainable_parameters,
 )
-from lora_core.merge import merge, merged_state_dict, unmerge
+from lora_core.merging import merge, merged_state_dict, unmerge
 from lora_core.module_names import join
 
 # -- recorded numbers --------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def _of_adapters(model: nn.Module) -> set[str]:
         for name in layer.lora_adapters
         for key in layer.lora_parameters(name)
     }
-    return own | {key for name in _configs(model) for key in full_tensors(model, name)}
+    return own | {key for name in configs(model) for key in full_tensors(model, name)}
 
 
 def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

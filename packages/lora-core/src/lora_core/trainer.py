@@ -190,7 +190,7 @@ class LoraTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW, or `--trainer.optim`, on the parameter groups of the adapters."""
         if self.optimizer is None:
-            from lora_core.inject import parameter_groups
+            from lora_core.injection import parameter_groups
 
             cls, settings = self.get_optimizer_cls_and_kwargs(self.args)
             if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)) or (

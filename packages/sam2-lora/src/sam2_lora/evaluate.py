@@ -182,7 +182,7 @@ def _models(options: Options) -> list[str]:
 @contextmanager
 def _only(predictor: Predictor, name: str) -> Iterator[None]:
     """The adapter is off inside for the base."""
-    from lora_core.inject import adapters_off
+    from lora_core.injection import adapters_off
 
     if name != "base":
         yield

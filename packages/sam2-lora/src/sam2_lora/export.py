@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lora_core.errors import CheckpointError, ConfigError, NumericError
-from lora_core.merge import merged_state_dict
+from lora_core.merging import merged_state_dict
 from lora_core.tensor_file import atomic_write, safetensors_bytes
 from sam2_lora.model import (
     base_fingerprint,

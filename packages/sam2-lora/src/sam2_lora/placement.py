@@ -10,7 +10,7 @@ from sam2_lora.config import Config
 if TYPE_CHECKING:
     from transformers import Sam2Config, Sam2Model
 
-    from lora_core.inject import Summary
+    from lora_core.injection import Summary
 
 _ATTENTION = r"(self_attn|cross_attn_token_to_image|cross_attn_image_to_token)"
 
@@ -92,7 +92,7 @@ def adapt(model: Sam2Model, cfg: Config) -> Summary:
         RuntimeError: other layers than intended were adapted, as after a change of names in the
             library; training would be worth nothing.
     """
-    from lora_core.inject import inject, lora_layers
+    from lora_core.injection import inject, lora_layers
 
     summary = inject(model, lora_config(cfg))
     wanted = [pair for role in roles(cfg) for pair in linears(model.config, role)]

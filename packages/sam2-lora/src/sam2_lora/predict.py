@@ -195,7 +195,7 @@ def predict_one(
     predictor: Predictor, rgb: NDArray[np.uint8], prompts: Sequence[Prompt], options: Options
 ) -> list[tuple[str, list[Instance]]]:
     """Captions and instances of a picture: the base's first (if asked for), then the model's."""
-    from lora_core.inject import adapters_off
+    from lora_core.injection import adapters_off
 
     rows: list[tuple[str, Callable[[], Any]]] = []
     if options.adapter and options.compare_base:

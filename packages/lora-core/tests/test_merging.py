@@ -12,8 +12,8 @@ from torch import nn
 from lora_core.adapter_file import load_adapter
 from lora_core.config import LoraConfig, Slices
 from lora_core.errors import CheckpointError, ConfigError, NumericError
-from lora_core.inject import inject, lora_layers, remove, set_adapters
-from lora_core.merge import deltas, merge, merged_state_dict, unmerge
+from lora_core.injection import inject, lora_layers, remove, set_adapters
+from lora_core.merging import deltas, merge, merged_state_dict, unmerge
 from lora_core.testing import assert_close_golden, disturb, load_golden
 
 GOLDENS = Path(__file__).parent / "goldens"

@@ -319,6 +319,3 @@ def _warn_ranks(model: nn.Module, plan: Mapping[str, AdapterSpec]) -> None:
             + listing(large, 5),
             stacklevel=3,
         )
-
-
-_configs, _full_keys = configs, full_keys

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from lora_core import mechanisms
 from lora_core.config import LoraConfig, Slices
 from lora_core.errors import ConfigError
-from lora_core.inject import (
+from lora_core.injection import (
     adapters_off,
     full_tensors,
     inject,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.errors import CheckpointError, ConfigError, NumericError, near
-from lora_core.inject import full_tensors, lora_layers
+from lora_core.injection import full_tensors, lora_layers
 from lora_core.layers import LoraLayer
 from lora_core.module_names import clean, join, unwrapped
 from lora_core.state_keys import changed_names, keys_of_weights, own_state, refuse_ties
