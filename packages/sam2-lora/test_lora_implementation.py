@@ -25,7 +25,7 @@ def test_lora_layer_forward_pass() -> None:
 def test_lora_linear_wrapper() -> None:
     """The adapted layer is still the base's Linear; merging keeps the output, removal the base."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(24, 40))
+    model = nn.Sequential(nn.Linear(24, 40)).eval()  # training a merged layer is an error
     layer, weight = model[0], model[0].weight
     lora_core.inject(model, LoraConfig(target_modules=["0"], r=4))
     nn.init.normal_(layer.lora_B["default"].weight)

@@ -21,18 +21,19 @@ steps, AdamW's state included. Seconds are medians over the steps after the firs
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import resource
 import statistics
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from measure import timed, with_saved_bytes
+from measure import markdown, timed, with_saved_bytes
 
 from sam2_lora.config import Config
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import Sam2Model
 
 METHODS = ("floor", "lora_core", "PEFT")
 MB = 1e6
@@ -50,77 +51,6 @@ class Cost:
     kept: int
 
 
-def build(method: str, variant: str, cfg: Config, device: str) -> Sam2Model:
-    """The network with random weights, ready to train by one method."""
-    import torch
-
-    from sam2_lora import model, official, placement
-
-    network = model.network(official.published(f"sam2.1_hiera_{variant}")).to_empty(device=device)
-    with torch.no_grad():
-        for name, tensor in network.state_dict().items():
-            is_norm = tensor.dim() == 1 and name.endswith("weight")
-            tensor.normal_(mean=float(is_norm), std=0.02)
-    model.set_image_size(network, cfg.size)
-    if cfg.gradient_checkpointing:
-        model.enable_gradient_checkpointing(network)
-    network.requires_grad_(False)
-    if method == "lora_core":
-        placement.adapt(network, cfg)
-    elif method == "PEFT":
-        adapt_with_peft(network, cfg)
-    else:
-        begin_graph_at_targets(network, cfg)
-    return network.train()
-
-
-def adapt_with_peft(network: Sam2Model, cfg: Config) -> None:
-    """PEFT's adapters, in place, on the layers that `placement.adapt` would take."""
-    import peft
-
-    from sam2_lora import placement
-
-    targets = "|".join(pattern.removeprefix("re:") for pattern in placement.targets(cfg))
-    adapter = peft.LoraConfig(
-        r=cfg.lora_rank,
-        lora_alpha=cfg.lora_alpha,
-        lora_dropout=cfg.lora_dropout,
-        target_modules=targets,
-    )
-    peft.get_peft_model(network, adapter)
-
-
-def begin_graph_at_targets(network: Sam2Model, cfg: Config) -> None:
-    """Let the outputs of the target Linears need a gradient, although nothing is trained."""
-    from lora_core import targets
-    from sam2_lora import placement
-
-    for path in targets.resolve(network, placement.lora_config(cfg)):
-        network.get_submodule(path).register_forward_hook(lambda *call: call[-1].requires_grad_())
-
-
-def random_batch(cfg: Config, objects: int, device: str) -> dict[str, Any]:
-    """A batch as `data.collate` makes it: rectangles to segment, one click in each."""
-    import torch
-
-    height, width = cfg.size
-    count = cfg.batch_size * objects
-    targets = torch.zeros(count, height, width, dtype=torch.uint8)
-    targets[:, height // 4 : height // 2, width // 4 : width // 2] = 1
-    clicks = torch.tensor([[3 * width / 8, 3 * height / 8]]).expand(count, 1, 2)
-    bucket = {
-        "image": torch.arange(cfg.batch_size).repeat_interleave(objects),
-        "targets": targets,
-        "points": clicks,
-        "labels": torch.ones(count, 1, dtype=torch.int64),
-    }
-    return {
-        "pixel_values": torch.randn(cfg.batch_size, 3, height, width).to(device),
-        "seed": list(range(cfg.batch_size)),
-        "buckets": [{name: tensor.to(device) for name, tensor in bucket.items()}],
-    }
-
-
 def peak_memory(device: str) -> int:
     """Highest memory of this process so far, in bytes; on CUDA that of its tensors."""
     import torch
@@ -133,6 +63,7 @@ def peak_memory(device: str) -> int:
 def measure(method: str, cfg: Config, args: argparse.Namespace) -> Cost:
     """Run `args.steps` training steps and one before them that warms up and counts bytes."""
     import torch
+    from sam2_methods import build, random_batch
 
     from sam2_lora import losses
 
