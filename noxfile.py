@@ -113,6 +113,15 @@ def train(session: nox.Session) -> None:
 
 
 @nox.session
+def bench(session: nox.Session) -> None:
+    """Time and memory of LoRA against the frozen layer, full fine-tuning and PEFT."""
+    install(session, *editable(), "peft")
+    threads = {"OMP_NUM_THREADS": "1"}
+    session.run("python", "tools/bench/linear.py", env=threads)
+    session.run("python", "tools/bench/sam2_step.py", "--image_size", "512", env=threads)
+
+
+@nox.session
 def gpu(session: nox.Session) -> None:
     """The tests that need CUDA; install a CUDA build of the pinned torch first."""
     install(session, *editable(), *test_requirements(*PACKAGES))

@@ -47,10 +47,16 @@ def adapt_with_peft(network: Sam2Model, cfg: Config) -> None:
 
 def begin_graph_at_targets(network: Sam2Model, cfg: Config) -> None:
     """Let the outputs of the target Linears need a gradient, although nothing is trained."""
-    from lora_core import targets
+
+    def begin(layer: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        if not output.requires_grad:
+            output.requires_grad_().register_post_accumulate_grad_hook(forget)
+
+    def forget(output: torch.Tensor) -> None:
+        output.grad = None  # no adapted layer would keep it either
 
     for path in targets.resolve(network, placement.lora_config(cfg)):
-        network.get_submodule(path).register_forward_hook(lambda *call: call[-1].requires_grad_())
+        network.get_submodule(path).register_forward_hook(begin)
 
 
 def random_batch(cfg: Config, objects: int, device: str) -> dict[str, Any]:

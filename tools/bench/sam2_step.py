@@ -15,7 +15,9 @@ each object has one click, the loss is the official one and AdamW makes the upda
 `kept` counts the storages saved for the backward pass at the end of the forward pass, each once,
 parameters and buffers of the network excluded. Each configuration runs in a process of its own;
 `peak` is how far its peak memory lies above the one after building the adapted network, over all
-steps, AdamW's state included. Seconds are medians over the steps after the first.
+steps, AdamW's state included. On the CPU that holds what glibc keeps of freed arrays, up to half of
+it; MALLOC_MMAP_THRESHOLD_=1000000 makes it give them back, and the steps slower. Seconds are
+medians over the steps after the first: on the CPU the process' own time, see `measure.timed`.
 """
 
 from __future__ import annotations

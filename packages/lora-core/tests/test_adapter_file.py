@@ -233,6 +233,11 @@ def test_a_directory_says_what_peft_gets_wrong(tmp_path):
     assert "TransformerEncoderLayer" in text
     save_adapter(trained(CASES["convolutions"]), tmp_path / "b")
     assert "grouped" in (tmp_path / "b" / "README.md").read_text()
+    tied = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 7, bias=False))
+    tied[1].weight = tied[0].weight
+    inject(tied, LoraConfig(["0"], r=2))
+    save_adapter(tied, tmp_path / "c")
+    assert "several layers share" in (tmp_path / "c" / "README.md").read_text()
 
 
 def test_prefixes_of_wrappers_never_reach_the_file(tmp_path):
@@ -349,6 +354,9 @@ def test_values_are_swapped_in_place_where_the_layout_is_the_same(tmp_path):
     load_adapter(first, path)
     assert all(a is b for a, b in zip(first.parameters(), parameters, strict=True))
     assert torch.equal(out(first), out(second))
+    set_adapters(first, [])
+    load_adapter(first, path)  # what is active stays
+    assert not any(layer.lora_active for layer in lora_layers(first).values())
     before = content(save_adapter(first, tmp_path / "kept"))
     with pytest.raises(CheckpointError, match=r"already has an adapter 'default'.*another layout"):
         load_adapter(first, save_adapter(trained(CASES["linear"]), tmp_path / "other"))

@@ -405,6 +405,18 @@ def test_x_and_g_are_left_as_they_are():
     assert torch.equal(g, kept)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("shape", [(4, 5), (2, 4, 5)])
+def test_the_output_may_be_changed_in_place(shape, p):
+    x, W, b = randn(*shape, grad=True), randn(6, 5), randn(6)
+    branch = Branch(randn(2, 5, grad=True), randn(6, 2, grad=True), 0.5, dropout=p, seed=3)
+    grads = []
+    for behind in (torch.relu_, torch.relu):
+        y = behind(lora_linear(x, W, b, [branch]))
+        grads.append(torch.autograd.grad(y.square().sum(), [x, branch.A, branch.B]))
+    assert all(torch.equal(first, second) for first, second in zip(*grads, strict=True))
+
+
 # Dtypes
 
 

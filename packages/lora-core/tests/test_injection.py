@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora_core import mechanisms
+from lora_core.adapter_file import save_adapter
 from lora_core.config import LoraConfig, Slices
 from lora_core.errors import ConfigError
 from lora_core.injection import (
@@ -190,6 +191,15 @@ def test_parameter_groups_of_lora_plus(net):
         "vectors": (7, 1e-3, 0.0),
     }
     assert sum(len(g["params"]) for g in groups.values()) == len(trainable_parameters(net))
+
+
+def test_magnitudes_of_any_shape_have_no_weight_decay():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3))
+    inject(net, LoraConfig(["0"], r=2, use_dora=True))
+    groups = {g["name"]: g for g in parameter_groups(net, 1e-3, 0.1)}
+    (magnitude,) = groups["vectors"]["params"]
+    assert magnitude.shape == (1, 4, 1, 1)
+    assert groups["vectors"]["weight_decay"] == 0
 
 
 # Fully trained modules
@@ -429,6 +439,27 @@ def test_scales_that_mean_nothing_are_refused(net):
     ]:
         with pytest.raises(ConfigError, match=words):
             set_adapters(net, "default", scales)
+
+
+def test_a_name_that_stands_twice_is_refused(net):
+    inject(net, lora())
+    with pytest.raises(ConfigError, match="stands twice"):
+        set_adapters(net, ["default", "default"])
+
+
+def test_adapters_of_a_part_are_not_mixed_with_those_of_the_whole(net, tmp_path):
+    inject(net.blocks, LoraConfig(["0.0"], r=2))
+    for call in (
+        lambda: inject(net, lora()),
+        lambda: save_adapter(net, tmp_path / "adapter"),
+        lambda: set_adapters(net, "default"),
+    ):
+        with pytest.raises(ConfigError, match=r"blocks\.0\.0 was adapted through another module"):
+            call()
+    remove(net.blocks)
+    inject(net, lora())
+    with pytest.raises(ConfigError, match="through another module"):
+        inject(net.blocks, LoraConfig(["0.0"], r=2))
 
 
 def test_merged_adapters_must_be_unmerged_first(net):

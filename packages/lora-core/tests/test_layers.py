@@ -343,14 +343,32 @@ def test_copies_are_independent_and_pickle_works(kind):
         assert not any(isinstance(module, LoraLayer) for module in each.modules())
 
 
-def test_base_checkpoint_loads_after_injection():
+@pytest.mark.parametrize("made", [lambda m: m, copy.deepcopy, lambda m: nn.Sequential(m)[0]])
+def test_a_base_checkpoint_loads_strictly_after_injection(made):
     base, model, x = build("encoder layer")
-    other = Model(KINDS["encoder layer"][0]()).eval()
-    result = model.load_state_dict(other.state_dict(), strict=False)
-    assert not result.unexpected_keys
-    assert all(".lora_" in key for key in result.missing_keys)
+    other, model = Model(KINDS["encoder layer"][0]()).eval(), made(model)
+    model.load_state_dict(other.state_dict(), strict=True)
     assert torch.equal(model(x), other(x))
     assert not torch.equal(model(x), base(x))
+    remove(model)
+    assert not model._load_state_dict_post_hooks
+    model.load_state_dict(base.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "left_out"),
+    [
+        ({}, "layer.lora_A.default.weight"),  # a part of an adapter is no base
+        ({}, "layer.weight"),
+        ({"use_dora": True}, "lora_"),  # its magnitudes are the old base's
+        ({"bias": "lora_only"}, "lora_"),  # so are the values that are kept aside
+    ],
+)
+def test_what_is_no_whole_base_is_refused_by_a_strict_load(settings, left_out):
+    _, model, _ = build("linear", **settings)
+    state = {key: value for key, value in model.state_dict().items() if left_out not in key}
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict(state, strict=True)
 
 
 def test_attributes_and_hooks_of_the_base_stay():
@@ -452,6 +470,29 @@ def test_a_module_under_two_names_is_adapted_once():
     inject(model, LoraConfig(["first", "second"], r=2))
     assert list(lora_layers(model)) == ["first"]
     assert model.second is model.first
+
+
+class Outer(nn.Module):
+    """A layer with a weight of its own and another layer inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.inner = nn.Parameter(torch.randn(5, 5)), nn.Linear(5, 5)
+
+    def forward(self, x):
+        return self.inner(torch.tanh(x @ self.weight.T))
+
+
+def test_targets_inside_targets_have_adapters_of_their_own():
+    torch.manual_seed(0)
+    base, x = Model(Outer()), torch.randn(3, 5)
+    model = copy.deepcopy(base)
+    inject(model, LoraConfig(["layer", "layer.inner"], r=2))
+    train(model)
+    assert list(lora_layers(model)) == ["layer", "layer.inner"]
+    torch.testing.assert_close(model(x), merged(base, model)(x), rtol=1e-5, atol=1e-5)
+    remove(model)
+    assert torch.equal(model(x), base(x))
 
 
 # Dropout, modes, repeated use
@@ -573,6 +614,21 @@ def test_half_precision_base_keeps_fp32_adapters():
         y = model(torch.randn(3, 5, dtype=dtype))
         assert y.dtype == dtype
         y.float().sum().backward()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_bias_on_b_fits_a_half_precision_base(dtype, bias):
+    for layer, x in (
+        (nn.Linear(5, 7, bias=bias), torch.randn(3, 5)),
+        (nn.Conv1d(5, 7, 3, bias=bias), torch.randn(2, 5, 6)),
+    ):
+        model = Model(layer).to(dtype)
+        inject(model, LoraConfig(["layer"], r=2, lora_bias=True))
+        y = model(x.to(dtype))
+        assert y.dtype == dtype
+        y.float().sum().backward()
+        assert model.layer.lora_b_bias("default").grad.any()
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv2d", "embedding", "attention", "transposed"])

@@ -387,10 +387,15 @@ def test_a_probe_that_changes_too_much_undoes_the_merge():
     assert_same(model, before)
 
 
-def test_a_copy_of_a_merged_model_is_merged():
+def test_a_copy_of_a_merged_model_is_merged_and_can_be_unmerged():
     model = trained(CASES["linear"])
+    before = bits(model)
     merge(model)
-    assert torch.equal(out(copy.deepcopy(model)), out(model))
+    twin = copy.deepcopy(model)
+    assert torch.equal(out(twin), out(model))
+    unmerge(model)
+    unmerge(twin)
+    assert_same(twin, before)
 
 
 # -- shared weights --------------------------------------------------------------------------------

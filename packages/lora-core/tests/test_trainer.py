@@ -483,6 +483,14 @@ def test_a_checkpoint_holds_nothing_of_the_base_and_loads_safely(whole):
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.parametrize("freeze_A", [False, True])
+def test_a_checkpoint_holds_the_pair_that_pissa_subtracts(freeze_A):
+    model = network(init_lora_weights="pissa", freeze_A=freeze_A)
+    names = checkpoint.tensors(model)
+    assert {name for name in model.state_dict() if "lora_" in name} == {*names}
+    assert sum("initial_" in name for name in names) == 4
+
+
 def test_the_adapter_of_a_checkpoint_loads_into_a_plain_model(tmp_path):
     from lora_core.adapter_file import load_adapter
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,8 +48,13 @@ def test_every_command_of_the_readme_parses(readme: Path) -> None:
     assert check_commands(readme, {"sam2-lora": verb, **scripts})
 
 
-def test_the_guides_flags_are_the_defaults() -> None:
-    assert parse(Config, GUIDE.split(), prog="t") == parse(Config, [], prog="t") == Config()
+def test_the_guides_settings_are_the_defaults() -> None:
+    cfg = parse(Config, [], prog="t")
+    assert parse(Config, GUIDE.split(), prog="t") == cfg == Config()
+    assert (cfg.data_root, cfg.output_dir) == ("datasets/Data/splits", "models/severstal_lora")
+    assert (cfg.checkpoint, cfg.logs_dir) == ("sam2_hiera_large.pt", "logs")
+    assert (cfg.log_steps, cfg.eval_steps, cfg.gradient_accumulation_steps) == (100, 500, 1)
+    assert (cfg.patience, cfg.min_delta, cfg.max_grad_norm, cfg.seed) == (7, 1e-4, 1.0, 42)
 
 
 @pytest.mark.parametrize("rank", [4, 8, 16])
@@ -125,3 +131,6 @@ def test_the_guides_script_trains_on_the_guides_tree(tmp_path: Path) -> None:
     assert folder.name.startswith("sam2_custom_lora_r8_a16_lr1e-3_")
     assert list((tmp_path / "logs").glob("training_metrics_lora_*.csv"))
     assert "test split" in done.stdout
+    # What there is, pictures without objects among it, is said before the training.
+    assert re.search(r"split +pictures +without objects +objects", done.stdout)
+    assert re.search(r"^val +2 +0 ", done.stdout, re.MULTILINE)

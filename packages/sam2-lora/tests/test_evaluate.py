@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,15 @@ def test_settings_are_checked_as_in_training() -> None:
         Options(examples=-1)
     with pytest.raises(ConfigError, match="multiples of 32"):
         Options(image_size="100")
+
+
+def test_what_was_passed_over_is_said(
+    golden_base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "test" / "images" / "notes.txt").write_text("not a picture")
+    run(golden_base, tmp_path / "data", tmp_path / "out", "--examples", "0", "--max_images", "1")
+    assert "images that are no pictures" in capsys.readouterr().out
 
 
 def test_a_subset_of_the_pictures_is_fixed(golden_base: Path, data: Path, tmp_path: Path) -> None:

@@ -9,10 +9,12 @@ import pytest
 from PIL import Image
 
 from lora_core.errors import DataError
+from sam2_lora.config import Config, MaskKind
 from sam2_lora.encodings import encode_bitmap, encode_runs
 from sam2_lora.formats import find, read
 from sam2_lora.masks import trim
-from sam2_lora.records import MaskKind, Reading
+from sam2_lora.records import Reading
+from sam2_lora.survey import check
 
 SIZE = (20, 50)
 
@@ -343,6 +345,21 @@ def test_evidently_binary_masks_need_no_kind(tmp_path: Path) -> None:
     ]
     assert [len(record.objects) for record in records] == [1, 1, 0, 1]
     assert (records[1].objects[0].mask == mask_of(1, 2, 5, 6)).all()
+
+
+def test_masks_of_unsaid_kind_are_one_problem_and_damaged_ones_as_many_as_there_are(
+    tmp_path: Path,
+) -> None:
+    values = mask_of(1, 2, 5, 6) * np.uint8(2) + mask_of(9, 9, 12, 12) * np.uint8(5)
+    folders(tmp_path / "unsaid", dict.fromkeys("abc", values))
+    found = reading(tmp_path / "unsaid")
+    assert (len(found.problems), found.records) == (1, [])
+    folders(tmp_path / "cut", {name: mask_of(1, 2, 5, 6) * np.uint8(255) for name in "abc"})
+    for name in "ab":
+        mask = tmp_path / "cut" / "masks" / f"{name}.png"
+        mask.write_bytes(mask.read_bytes()[:-30])
+    found = reading(tmp_path / "cut")
+    assert len([*found.problems, *check(found.records, Config()).problems]) == 2
 
 
 @pytest.mark.parametrize(

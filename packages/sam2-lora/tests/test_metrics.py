@@ -182,16 +182,22 @@ def test_the_encoder_runs_once_per_picture(network: Any, monkeypatch: pytest.Mon
     assert len(calls) == 3
 
 
-def test_bf16_changes_the_computation_but_hardly_the_scores(network: Any) -> None:
-    exact = evaluate(network, pictures(), CONFIG)
-    half = evaluate(network, pictures(), Config(image_size="128", precision="bf16"))
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_changes_the_computation_but_hardly_the_scores(
+    network: Any, precision: Any
+) -> None:
+    network.cuda()
+    exact = evaluate(network, pictures(), replace(CONFIG, precision="fp32"))
+    half = evaluate(network, pictures(), replace(CONFIG, precision=precision))
     assert half["pooled_iou"] != exact["pooled_iou"]
     assert half["pooled_iou"] == pytest.approx(exact["pooled_iou"], abs=0.1)
 
 
-def test_fp16_on_the_cpu_is_refused_with_what_works(network: Any) -> None:
-    with pytest.raises(ConfigError, match=r"fp16.*use fp32"):
-        evaluate(network, pictures(), Config(image_size="128", precision="fp16"))
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_on_the_cpu_is_refused_with_what_works(network: Any, precision: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"{precision} does not run on cpu: use auto or fp32"):
+        evaluate(network, pictures(), replace(CONFIG, precision=precision))
 
 
 def test_each_kind_of_prompt_is_decoded_as_documented(

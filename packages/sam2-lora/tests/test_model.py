@@ -29,7 +29,7 @@ def clicks(count: int, points: int, size: tuple[int, int]) -> Tensor:
 
 # -- image sizes ---------------------------------------------------------------------------------
 
-SIZES = [(128, 128), (64, 64), (64, 192), (256, 128)]
+SIZES = [(128, 128), (64, 64), (64, 192), (256, 128), (256, 1600)]
 
 
 @pytest.mark.parametrize("size", SIZES)

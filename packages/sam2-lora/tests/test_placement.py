@@ -13,7 +13,7 @@ from lora_core.injection import lora_layers
 from lora_core.targets import resolve
 from sam2_lora import model as m
 from sam2_lora import official, placement
-from sam2_lora.config import Config
+from sam2_lora.config import PRESETS, Config
 
 TOTAL_PER_RANK = {"tiny": 48_544, "small": 57_760, "base_plus": 84_720, "large": 184_144}
 TRAINABLE = {  # at r = 4, 8, 16
@@ -56,12 +56,12 @@ def test_counts_by_formula_are_the_published_ones(size: str) -> None:
     assert (len(per_role["decoder_attention"]), total["decoder_attention"]) == (28, 11_776)
     assert (len(per_role["decoder_mlp"]), total["decoder_mlp"]) == (4, 9_216)
     assert (len(per_role["decoder_heads"]), total["decoder_heads"]) == HEADS
-    default = sum(total[role] for role in placement.PRESETS["default"])
+    default = sum(total[role] for role in PRESETS["default"])
     assert default == TOTAL_PER_RANK[size]
     assert tuple(rank * default for rank in (4, 8, 16)) == TRAINABLE[size]
 
 
-@pytest.mark.parametrize("targets", [p + h for p in placement.PRESETS for h in ("", "+heads")])
+@pytest.mark.parametrize("targets", [p + h for p in PRESETS for h in ("", "+heads")])
 def test_every_preset_adapts_what_it_says(golden_base: Path, targets: str) -> None:
     network = m.load(golden_base)
     cfg = config(targets=targets, lora_rank=1)  # a head has a single output

@@ -152,7 +152,7 @@ def test_wrong_flags_are_refused_before_the_model_is_loaded(
 
 
 def test_a_prompt_outside_its_picture_is_refused(pictures: Path) -> None:
-    with pytest.raises(DataError, match="160x96"):
+    with pytest.raises(DataError, match=r"200,40 lies outside the picture of 160 x 96 pixels"):
         predict.main(["--images", str(pictures), "--checkpoint", "no.pt", "--points", "200,40"])
 
 

@@ -92,6 +92,14 @@ def finished(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+GUIDE_SUMMARY = {
+    "model_size", "tuning_method", "dataset_size", "lora_rank", "lora_alpha", "lora_dropout",
+    "learning_rate", "weight_decay", "total_steps", "actual_steps", "best_val_iou",
+    "final_train_iou", "early_stopping_triggered", "early_stopping_patience", "timestamp",
+    "checkpoint_dir", "note",
+}  # fmt: skip
+
+
 def test_a_run_leaves_the_files_that_the_guide_promises(finished: Path) -> None:
     folder = run_folder(finished)
     assert re.fullmatch(r"sam2_\w+_lora_r8_a16_lr1e-3_\d{8}_\d{4}", folder.name)
@@ -104,10 +112,13 @@ def test_a_run_leaves_the_files_that_the_guide_promises(finished: Path) -> None:
     assert {"latest_lora_step6.torch", "final_lora_step6.torch", "config.yaml"} <= set(names)
     assert {"adapter", "state", "tensorboard", "training_summary.json"} <= set(names)
     summary = json.loads((folder / "training_summary.json").read_text())
+    assert summary.keys() >= GUIDE_SUMMARY
     assert summary["tuning_method"] == "lora"
     assert summary["actual_steps"] == summary["total_steps"] == 6
     assert summary["early_stopping_triggered"] is False
     assert 0 < summary["best_val_iou"] <= 1
+    assert 0 < summary["final_train_iou"] <= 1
+    assert set(summary["test"]) == {"base", "lora"}
     assert 0 < summary["test"]["base"]["iou"] < 1
 
 
@@ -115,7 +126,17 @@ def test_the_csv_begins_with_the_base_and_has_every_validation(finished: Path) -
     found = [(row["step"], row["split"]) for row in rows(finished)]
     assert found[0] == ("0", "val")
     assert [step for step, split in found if split == "val"] == ["0", "3", "6"]
-    assert all(float(row["loss"]) > 0 for row in rows(finished) if row["split"] == "train")
+    train_rows = [row for row in rows(finished) if row["split"] == "train"]
+    assert all(float(row[name]) > 0 for row in train_rows for name in ("loss", "iou", "lr"))
+    measured = ("iou", "dice", "box_iou", "click3_iou", "click5_iou")
+    val_rows = [row for row in rows(finished) if row["split"] == "val"]
+    assert all(0 < float(row[name]) <= 1 for row in val_rows for name in measured)
+
+
+def test_steps_count_optimizer_updates(finished: Path) -> None:
+    """Five pictures in batches of two, two batches per update: two updates make an epoch."""
+    last = rows(finished)[-1]
+    assert (last["step"], float(last["epoch"])) == ("6", 3.0)
 
 
 def test_the_stored_settings_are_the_settings_of_the_run(finished: Path, pictures: Path) -> None:
@@ -199,6 +220,17 @@ def test_a_lone_adapter_cannot_be_resumed_but_can_be_continued(
         torch.testing.assert_close(warm[name], tensor, atol=1e-6, rtol=0)
 
 
+def test_a_run_continues_from_its_last_step_only(finished: Path) -> None:
+    for path in sorted(run_folder(finished).glob("*.torch")):
+        if path.name.startswith("latest_"):
+            assert find_run(str(path)).folder == run_folder(finished)
+            continue
+        with pytest.raises(CheckpointError, match=r"latest_lora_step file.*--adapter"):
+            find_run(str(path))
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        find_run(str(finished / "gone.torch"))
+
+
 def test_only_the_best_pairs_are_kept_and_one_latest(pictures: Path, tmp_path: Path) -> None:
     argv = command(pictures, tmp_path, steps=6, eval_steps=1, keep_best=1, learning_rate=3e-3)
     assert main(argv) == 0
@@ -236,6 +268,27 @@ def test_cached_embeddings_train_the_same_bits(pictures: Path, tmp_path: Path) -
         assert all(torch.equal(plain_run[key], cached[key]) for key in plain_run)
 
 
+def test_an_adapter_of_the_encoder_refuses_cached_embeddings(
+    finished: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = run_folder(finished) / "adapter"
+    settings = {"targets": "decoder", "hflip": False, "cache_dir": tmp_path / "cache"}
+    assert main(command(pictures, tmp_path / "out", adapter=adapter, **settings)) == 2
+    assert "--cache_dir needs an unchanged encoder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_legacy_loss_trains_where_most_pictures_hold_nothing(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(pictures, tmp_path / "data")
+    for number in (0, 1, 3, 4):
+        empty = np.zeros((SIDE, SIDE), np.uint8)
+        Image.fromarray(empty).save(tmp_path / "data" / "train" / "masks" / f"{number}.png")
+    assert main(command(tmp_path / "data", tmp_path / "out", loss="legacy")) == 0
+    assert "--loss legacy trains on the 1 pictures with objects" in capsys.readouterr().out
+
+
 def test_without_validation_the_last_step_is_exported(pictures: Path, tmp_path: Path) -> None:
     shutil.copytree(pictures / "train", tmp_path / "data" / "train")
     argv = command(tmp_path / "data", tmp_path / "out", steps=2, val_fraction=0.2)
@@ -255,6 +308,9 @@ def test_bad_input_ends_with_one_message_and_no_folder(
     assert not (tmp_path / "out").exists()
     assert main([*command(pictures, tmp_path / "out"), "--lora_rnk", "4"]) == 2
     assert "lora_rank" in capsys.readouterr().err
+    wrong = {"precision": "bf16", "device": "cpu"}
+    assert main(command(tmp_path / "nowhere", tmp_path / "out", **wrong)) == 2
+    assert "bf16 does not run on cpu: use auto or fp32" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("value", "text"), [(1e-3, "1e-3"), (1e-5, "1e-5"), (2.5e-4, "2.5e-4")])

@@ -23,8 +23,8 @@ from torch import Tensor, distributed, nn
 
 from lora_core import adapter_layout
 from lora_core.adapter_match import Match, match
-from lora_core.errors import CheckpointError, ConfigError, near
-from lora_core.injection import full_tensors, inject, lora_layers
+from lora_core.errors import CheckpointError, ConfigError
+from lora_core.injection import full_tensors, inject, known, lora_layers
 from lora_core.module_names import Rename, clean, file_paths, unwrapped
 from lora_core.tensor_file import (
     atomic_write,
@@ -96,11 +96,8 @@ def save_adapter(
             f"cannot save an adapter as {path.name}: name a folder, or a file ending in "
             f"{', '.join(sorted(SINGLE_FILES))}"
         )
+    known(model, name)
     layers = {live: la for live, la in lora_layers(model).items() if name in la.lora_adapters}
-    if not layers:
-        names = sorted({n for layer in lora_layers(model).values() for n in layer.lora_adapters})
-        hint = near(name, names)
-        raise ConfigError(f"the model has no adapter {name!r}, only {names}{hint and '; ' + hint}")
     paths = file_paths(model, rename)
     tensors: dict[str, Tensor] = {}
     for live, layer in layers.items():
@@ -334,11 +331,11 @@ def load_adapter(
 
     Rank, alpha, dropout, slices and whatever else was trained come back; the values are fp32
     however the file has them. Where the model already has an adapter of this name with the same
-    layout, only its values change, so that nothing is compiled again. Everything is checked before
-    the model is touched.
+    layout, only its values change, so that nothing is compiled again; which adapters are active and
+    which train stays as it is. Everything is checked before the model is touched.
 
     Args:
-        trainable: False for an adapter that is only used.
+        trainable: False for a new adapter that is only used.
         rename: as for `save_adapter`. A file whose names are the model's own is taken as well.
         lora_alpha: for a bare dict of tensors, which does not have it.
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lora_core import initialise
 from lora_core.injection import configs
 from lora_core.layers import AdapterSpec, LoraLayer
+from lora_core.mechanisms import TiedLayer
 from lora_core.module_names import clean, exactly, join, targets
 from lora_core.targets import adaptable_view, saved_modules
 
@@ -206,7 +207,6 @@ def _usual(values: Mapping[str, Any]) -> Any:
 
 def notes(model: nn.Module, name: str, layers: Layers) -> list[str]:
     """What a user of plain PEFT must know about this adapter."""
-    specs = {live: layer.lora_adapters[name] for live, layer in layers.items()}
     found = []
     if any(is_out_proj(model, live) for live in layers):
         found.append(
@@ -221,13 +221,13 @@ def notes(model: nn.Module, name: str, layers: Layers) -> list[str]:
             "It adapts children of `nn.TransformerEncoderLayer`, which in evaluation reads their "
             "weights without calling them: PEFT up to 0.21.2 then ignores the adapter."
         )
-    beyond = [
-        live
-        for live, spec in specs.items()
-        if spec.groups > 1
-        or spec.kind in ("conv_transpose", "weight")
-        or len(spec.weight_names) > 1
-    ]
+    owners = [module.lora_owner for module in model.modules() if isinstance(module, TiedLayer)]
+    if any(layer is owner for layer in layers.values() for owner in owners):
+        found.append(
+            "It adapts a weight that several layers share: with PEFT only one of them would see "
+            "the adapter. Load it with lora_core."
+        )
+    beyond = [live for live, layer in layers.items() if layer.lora_adapters[name].beyond_peft]
     if beyond:
         found.append(
             "PEFT cannot express the adapters of grouped or transposed convolutions, of separate "

@@ -126,7 +126,7 @@ def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
         for name, parameter in own.items():
             if parameter.requires_grad or "lora_" in prefix + name:
                 found[prefix + name] = parameter.detach()
-        if any(parameter.requires_grad for parameter in own.values()):
+        if "lora_" in prefix or any(parameter.requires_grad for parameter in own.values()):
             found |= {prefix + name: b for name, b in module.named_buffers(recurse=False)}
     return found
 

@@ -134,8 +134,8 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_rank(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+def _check_rank(name: str, value: Any) -> None:
+    if not _is_int(value) or value < 1:
         raise ConfigError(f"{name} is {value!r}: a rank is a whole number of at least 1")
 
 

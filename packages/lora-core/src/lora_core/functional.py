@@ -93,7 +93,7 @@ def double_differentiable() -> Iterator[None]:
     """Within the block, forward passes can be differentiated twice, at the memory cost of autograd.
 
     The fast functions store intermediates, so that a second derivative through them would be
-    wrong; they raise instead.
+    wrong; they raise instead. The transforms of `torch.func` (vmap, grad) need this block too.
     """
     token = _double_backward.set(True)
     try:
@@ -194,7 +194,9 @@ class _LoraLinear(torch.autograd.Function):
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(x if needs_x else None, weight, *factors, *saved_h)
-        return y
+        # torch makes y of three and more axes as a view, and autograd refuses to change a view that
+        # a custom function returns in place, as `nn.ReLU(inplace=True)` behind the layer would.
+        return torch.ops.aten._unsafe_view(y, y.shape)
 
     @staticmethod
     @once_differentiable

@@ -28,6 +28,7 @@ __all__ = [
     "full_keys",
     "full_tensors",
     "inject",
+    "known",
     "lora_layers",
     "parameter_groups",
     "remove",
@@ -91,7 +92,7 @@ def remove(model: nn.Module, name: str | None = None) -> None:
     """
     model = unwrapped(model)
     _refuse_merged(model, "remove adapters")
-    names = list(configs(model)) if name is None else [_known(model, name)]
+    names = list(configs(model)) if name is None else [known(model, name)]
     for each in names:
         for layer in lora_layers(model).values():
             if each in layer.lora_adapters:
@@ -104,7 +105,8 @@ def remove(model: nn.Module, name: str | None = None) -> None:
     if not configs(model) and hasattr(model, "_lora_configs"):
         for key, parameter in model.named_parameters():
             parameter.requires_grad_(key in model.__dict__["_lora_was_trainable"])
-        for state in ("_lora_configs", "_lora_full", "_lora_was_trainable"):
+        model.__dict__["_lora_hook"].remove()
+        for state in ("_lora_configs", "_lora_full", "_lora_was_trainable", "_lora_hook"):
             del model.__dict__[state]
 
 
@@ -120,13 +122,15 @@ def set_adapters(
         scales: multiplier of each adapter's effect (0: none, 1: as trained); 1 by default.
 
     Raises:
-        ConfigError: an unknown name, a scale that is no number, merged adapters, or two adapters
-            that each have their own values of a fully trained module.
+        ConfigError: an unknown name or one that stands twice, a scale that is no number, merged
+            adapters, or two adapters that each have their own values of a fully trained module.
     """
     model = unwrapped(model)
     names = [names] if isinstance(names, str) else list(names)
+    if len(set(names)) < len(names):
+        raise ConfigError(f"adapters {names}: a name stands twice; use scales for a larger effect")
     _refuse_merged(model, "change the active adapters")
-    factors = _scales([_known(model, name) for name in names], scales)
+    factors = _scales([known(model, name) for name in names], scales)
     full_training.switch_all(_full(model), names)
     for layer in lora_layers(model).values():
         layer.lora_active = [name for name in names if name in layer.lora_adapters]
@@ -142,7 +146,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     _refuse_merged(model, "switch adapters off")
     layers, full = list(lora_layers(model).values()), _full(model)
     before = [layer.lora_active for layer in layers]
-    live = {entry.live for entry in full.values()} - {None}
+    live = {entry.live for entry in full.values() if entry.live}
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
         full_training.switch_all(full, ())
@@ -150,7 +154,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer.lora_active = []
         yield
     finally:
-        full_training.switch_all(full, [name for name in live if name])
+        full_training.switch_all(full, live)
         for layer, active in zip(layers, before, strict=True):
             layer.lora_active = active
         for parameter, flag in flags:
@@ -189,7 +193,7 @@ def parameter_groups(
     for key, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if parameter.dim() < 2:
+        if parameter.dim() < 2 or ".lora_magnitude_vector." in f".{key}":
             groups["vectors"].append(parameter)
         elif ".lora_B." in f".{key}" or ".lora_embedding_B." in f".{key}":
             groups["B"].append(parameter)
@@ -210,7 +214,7 @@ def parameter_groups(
 def summary(model: nn.Module, name: str | None = None) -> Summary:
     """What is adapted, by one adapter or all; printing it gives a table."""
     model = unwrapped(model)
-    names = list(configs(model)) if name is None else [_known(model, name)]
+    names = list(configs(model)) if name is None else [known(model, name)]
     return overview.summarise(model, lora_layers(model), _full(model), names)
 
 
@@ -231,20 +235,56 @@ def _full(model: nn.Module) -> dict[str, FullTensor]:
 
 def _freeze(model: nn.Module) -> None:
     trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
-    model.__dict__.update(_lora_configs={}, _lora_full={}, _lora_was_trainable=trainable)
+    hook = model.register_load_state_dict_post_hook(_accept_base_checkpoint)
+    model.__dict__.update(
+        _lora_configs={}, _lora_full={}, _lora_was_trainable=trainable, _lora_hook=hook
+    )
     model.requires_grad_(False)
 
 
-def _known(model: nn.Module, name: str) -> str:
+def _accept_base_checkpoint(model: nn.Module, result: Any) -> None:
+    """Let `load_state_dict` take a checkpoint of the base, without any adapter key, as complete.
+
+    Not where adapters hold what they took from the old base: norms (DoRA), values that are kept
+    aside (trained in full), a merged weight.
+    """
+    layers = lora_layers(model).values()
+    specs = [spec for layer in layers for spec in layer.lora_adapters.values()]
+    if _full(model) or any(s.use_dora for s in specs) or any(la.lora_merged for la in layers):
+        return
+    missing = {key for key in result.missing_keys if ".lora_" in f".{key}"}
+    if len(missing) == sum(".lora_" in f".{key}" for key in model.state_dict()):
+        result.missing_keys[:] = [key for key in result.missing_keys if key not in missing]
+
+
+def known(model: nn.Module, name: str) -> str:
+    """The name of an adapter on an unwrapped model.
+
+    Raises:
+        ConfigError: the model has none of this name.
+    """
     names = configs(model)
     if name not in names:
+        hint = near(name, names) or _say_foreign(model)
         raise ConfigError(
-            f"the model has no adapter {name!r}, only {sorted(names)}. {near(name, names)}".strip()
+            f"the model has no adapter {name!r}, only {sorted(names)}. {hint}".strip()
         )
     return name
 
 
+def _say_foreign(model: nn.Module) -> str:
+    """What to do about adapters that were put on a part of the model, or on what it is part of."""
+    layers = lora_layers(model).items()
+    path = next((path for path, la in layers if la.lora_adapters.keys() - configs(model)), None)
+    if path is None:
+        return ""
+    return f"{path} was adapted through another module: pass the one that was given to inject"
+
+
 def _check_name(model: nn.Module, name: str) -> None:
+    foreign = _say_foreign(model)
+    if foreign:
+        raise ConfigError(foreign)
     if name in configs(model):
         raise ConfigError(
             f"the model already has adapter {name!r}: give another name, or call "

@@ -86,6 +86,12 @@ class AdapterSpec:
         return self.init in ("pissa", "olora")
 
     @property
+    def beyond_peft(self) -> bool:
+        """Whether PEFT has no layer that computes this."""
+        several = self.groups > 1 or len(self.weight_names) > 1
+        return several or self.kind in ("conv_transpose", "weight")
+
+    @property
     def file_rank(self) -> tuple[int, float]:
         """(r, alpha) of the same adapter as one plain pair, as files hold it.
 
@@ -123,6 +129,8 @@ class LoraLayer(nn.Module):
         lora_scales: adapter name -> the user's multiplier c of its effect.
         lora_merged: names of the adapters that the raw weight contains; while there are any,
             the forward pass adds nothing.
+        lora_kept: what merged weights were, for undoing: parameter name -> copy on the CPU, or the
+            parameter itself where merging put another one in its place.
     """
 
     lora_base_class: type[nn.Module]
@@ -130,6 +138,7 @@ class LoraLayer(nn.Module):
     lora_active: list[str]
     lora_scales: dict[str, float]
     lora_merged: tuple[str, ...]
+    lora_kept: dict[str, Tensor] | None
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
     lora_embedding_A: nn.ParameterDict
@@ -234,9 +243,11 @@ class LoraLayer(nn.Module):
     def lora_added_bias(self, bias: Tensor | None, live: Iterable[str]) -> Tensor | None:
         """`b + sum of c s b_B` over the live adapters that have a bias on B."""
         for adapter in live:
-            if self.lora_adapters[adapter].lora_bias:
+            spec = self.lora_adapters[adapter]
+            if spec.lora_bias:
                 extra = self.lora_scales[adapter] * self._lora_bias_change(adapter)
-                bias = extra if bias is None else (bias + extra).to(bias.dtype)
+                dtype = self.lora_raw(spec.weight_name).dtype if bias is None else bias.dtype
+                bias = (extra if bias is None else bias + extra).to(dtype)
         return bias
 
     def lora_deltas(
@@ -344,14 +355,6 @@ class LoraLayer(nn.Module):
         `AdapterSpec.file_rank`.
         """
         return file_layout.tensors_of(self, adapter)
-
-    def lora_check_file_tensors(self, adapter: str, tensors: Mapping[str, Tensor]) -> None:
-        """Refuse what `lora_load_file_tensors` cannot take; nothing is changed.
-
-        Raises:
-            CheckpointError: other keys or shapes, or values outside the slices.
-        """
-        file_layout.assignments(self, adapter, tensors)
 
     def lora_load_file_tensors(self, adapter: str, tensors: Mapping[str, Tensor]) -> None:
         """Copy tensors in the layout of `lora_file_tensors` into an adapter, in place.

@@ -284,7 +284,7 @@ _CONTAINERS = (
     "lora_embedding_B",
     "lora_magnitude_vector",
 )
-_STATE = ("lora_adapters", "lora_active", "lora_scales", "lora_merged")
+_STATE = ("lora_adapters", "lora_active", "lora_scales", "lora_merged", "lora_kept")
 _TIE = ("lora_owner", "lora_owner_weight")
 
 
@@ -297,7 +297,9 @@ def _become(module: nn.Module, spec: AdapterSpec) -> None:
         biases = (BIAS_OF[name] for name in properties if name in BIAS_OF)
         properties += tuple(bias for bias in biases if module._parameters.get(bias) is not None)
     module.__class__ = _subclass(mixin, type(module), properties)
-    module.__dict__.update(lora_adapters={}, lora_active=[], lora_scales={}, lora_merged=())
+    module.__dict__.update(
+        lora_adapters={}, lora_active=[], lora_scales={}, lora_merged=(), lora_kept=None
+    )
 
 
 def _container(module: nn.Module, name: str, kind: Callable[[], Any]) -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +23,6 @@ from lora_core.state_keys import changed_names, keys_of_weights, own_state, refu
 NOISE_LIMIT = 0.1  # share of the adapters' effect that rounding may take without a warning
 # How much of a probe's largest output merging may change: some roundings of the weights' dtype.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-
-# What the merged weights were: module -> parameter name -> copy on the CPU, or with `untie` the
-# shared parameter itself.
-_KEPT: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -93,7 +88,7 @@ def merge(
         _refuse_drift(model, report, plan.values())
     if not keep:
         for layer in layers.values():
-            del _KEPT[layer]
+            layer.lora_kept = None
     _warn(noise)
     return report
 
@@ -107,15 +102,15 @@ def unmerge(model: nn.Module) -> None:
     layers = [layer for layer in lora_layers(model).values() if layer.lora_merged]
     if not layers:
         raise ConfigError("nothing is merged: call merge(model) first")
-    if any(layer not in _KEPT for layer in layers):
+    if any(layer.lora_kept is None for layer in layers):
         raise ConfigError("merged without a copy of the old weights: load the base again instead")
     for layer in layers:
-        for name, kept in _KEPT.pop(layer).items():
+        for name, kept in (layer.lora_kept or {}).items():
             if isinstance(kept, nn.Parameter):
                 layer._parameters[name] = kept  # tied again
             else:
                 _write(layer.lora_raw(name), kept)
-        layer.lora_merged = ()
+        layer.lora_merged, layer.lora_kept = (), None
 
 
 def merged_state_dict(
@@ -300,8 +295,7 @@ def _apply(layer: LoraLayer, tensors: Mapping[str, Tensor], untie: bool) -> None
         else:
             kept[name] = raw.detach().to("cpu", copy=True)
             _write(raw, tensor)
-    _KEPT[layer] = kept
-    layer.lora_merged = tuple(layer.lora_active)
+    layer.lora_merged, layer.lora_kept = tuple(layer.lora_active), kept
 
 
 @torch.no_grad()

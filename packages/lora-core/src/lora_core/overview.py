@@ -117,8 +117,7 @@ def _notes(spec: AdapterSpec, is_called: bool, readers: Sequence[str]) -> list[s
         notes.append(f"{spec.groups} groups")
     if readers:
         notes.append(f"acts on {', '.join(readers)} too")
-    own_kind = spec.groups > 1 or spec.kind in ("conv_transpose", "weight")
-    if own_kind or len(spec.weight_names) > 1 or readers:
+    if spec.beyond_peft or readers:
         notes.append("not for plain PEFT")
     if spec.use_dora:
         notes.append("DoRA")

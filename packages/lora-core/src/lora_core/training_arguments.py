@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -225,7 +226,14 @@ def training_arguments(
         "logging_nan_inf_filter": False,
     }
     settings |= _checked(trainer or {})
+    atexit.register(_leave_group)
     return _build(settings)
+
+
+def _leave_group() -> None:
+    """End the process group: gloo's threads abort an interpreter that ends before it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _checked(extra: dict[str, Any]) -> dict[str, Any]:

@@ -86,11 +86,18 @@ def find_run(resume: str) -> Run:
         CheckpointError: no such run, or an adapter without the state that continuing needs.
     """
     path = Path(resume)
+    if not path.exists():
+        raise CheckpointError(f"--resume {path.absolute()}: no such file or folder")
     folder = path if path.is_dir() else path.parent
     name = _NAME.fullmatch(folder.resolve().name)
-    if not path.exists() or name is None or not (folder / "config.yaml").is_file():
-        hint = f" To start from its weights alone: --adapter {resume}" if path.is_file() else ""
+    hint = f" To start from its weights alone: --adapter {resume}" if path.is_file() else ""
+    if name is None or not (folder / "config.yaml").is_file():
         raise CheckpointError(f"--resume {path.absolute()}: no run of sam2-lora train.{hint}")
+    if path.is_file() and not _LATEST.fullmatch(path.name):
+        raise CheckpointError(
+            f"--resume {path.absolute()}: a run continues from its last step, so give its folder "
+            f"or its latest_lora_step file.{hint}"
+        )
     return Run(folder, name["stamp"])
 
 

@@ -10,7 +10,20 @@ from lora_core.config import option
 from lora_core.errors import ConfigError, near
 
 STRIDE = 32  # Hiera: patches of 4 pixels, window positions of 8 patches
-PRESETS = ("default", "encoder", "decoder", "decoder_attention")
+# Preset of `--targets` -> roles of `placement`.
+PRESETS = {
+    "default": ("encoder_attention", "decoder_attention", "decoder_mlp"),
+    "encoder": ("encoder_attention",),
+    "decoder": ("decoder_attention", "decoder_mlp"),
+    "decoder_attention": ("decoder_attention",),
+}
+
+# Choices that several commands offer.
+DataFormat = Literal["auto", "severstal", "kaggle", "folders", "coco"]
+MaskKind = Literal["auto", "binary", "instances", "labels"]
+ObjectRule = Literal["auto", "components", "annotations", "union"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Device = Literal["auto", "cuda", "cpu"]
 
 
 @dataclass
@@ -43,13 +56,13 @@ class Config:
     image_size: str = option(
         "1024", "Model input: a side such as 1024, or HEIGHTxWIDTH such as 256x1600.", "model"
     )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
+    precision: Precision = option(
         "auto", "Mixed precision; auto: bf16 where the GPU has it, else fp16, fp32 on CPU.", "model"
     )
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward pass: less memory, slower.", "model"
     )
-    device: Literal["auto", "cuda", "cpu"] = option("auto", "Where to train.", "model")
+    device: Device = option("auto", "Where to train.", "model")
 
     # -- data ----------------------------------------------------------------------------------
     data_root: str = option(
@@ -57,13 +70,13 @@ class Config:
         "Folder with train_split/val_split/test_split (or train/val/test), or one folder to split.",
         "data",
     )
-    data_format: Literal["auto", "severstal", "kaggle", "folders", "coco"] = option(
+    data_format: DataFormat = option(
         "auto",
         "severstal: Supervisely img/ + ann/; kaggle: train.csv + train_images/; "
         "folders: images/ + masks/; coco: images and a COCO json.",
         "data",
     )
-    mask_kind: Literal["auto", "binary", "instances", "labels"] = option(
+    mask_kind: MaskKind = option(
         "auto",
         "Meaning of mask values in folders: binary (0 and one other value), instances (one id per "
         "object), labels (one index per class). auto accepts only masks that are evidently binary.",
@@ -75,7 +88,7 @@ class Config:
     val_fraction: float = option(
         0.1, "Share of pictures for validation when the data has no validation split.", "data"
     )
-    objects: Literal["auto", "components", "annotations", "union"] = option(
+    objects: ObjectRule = option(
         "auto",
         "What one object is: a connected component, one annotation, or all of one class together; "
         "auto takes components of binary and label masks and Kaggle rows, else annotations.",

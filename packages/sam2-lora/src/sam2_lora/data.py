@@ -1,6 +1,6 @@
 """From a data folder to training batches and to pictures for evaluation.
 
-    splits = load(cfg)          # reads and checks everything, prints what there is
+    splits = load(cfg)          # reads and checks everything; str(splits) tells what there is
     batch = collate([splits.train[0], splits.train[1]])
     for record in splits.val: record.rgb, record.objects
 
@@ -215,9 +215,10 @@ class EvalRecord:
 class EvalSet(Dataset[EvalRecord]):
     """Pictures in the order of their keys, read when they are asked for."""
 
-    def __init__(self, records: Sequence[Record], cfg: Config) -> None:
+    def __init__(self, records: Sequence[Record], cfg: Config, notes: Sequence[str] = ()) -> None:
         self.records = list(records)
         self.cfg = cfg
+        self.notes = tuple(notes)  # what was passed over in reading
 
     def __len__(self) -> int:
         return len(self.records)
@@ -272,8 +273,10 @@ def load(cfg: Config) -> Splits:
     """
     parts, reading = _read(cfg, ("train", "val", "test"))
     counts = _checked(parts, reading, cfg)
-    notes = [f"{count} {what}" for what, count in reading.notes.items()]
-    notes += _remarks(parts, counts)
+    notes = reading.said() + _remarks(parts, counts)
+    if cfg.loss == "legacy":
+        parts["train"] = _with_objects(parts["train"], cfg)
+        notes.append(f"--loss legacy trains on the {len(parts['train'])} pictures with objects")
     classes = sorted({label for part in counts.values() for label in part.objects})
     test = EvalSet(parts["test"], cfg) if "test" in parts else None
     train, val = TrainSet(parts["train"], cfg), EvalSet(parts["val"], cfg)
@@ -290,7 +293,12 @@ def load_split(cfg: Config, split: str) -> EvalSet | None:
     if split not in parts:
         return None
     _checked({split: parts[split]}, reading, cfg)
-    return EvalSet(parts[split], cfg)
+    return EvalSet(parts[split], cfg, reading.said())
+
+
+def _with_objects(records: Sequence[Record], cfg: Config) -> list[Record]:
+    """Without an object score there is nothing to learn from a picture that holds no object."""
+    return [record for record in records if objects_of(record, cfg).kept]
 
 
 def _read(cfg: Config, wanted: Sequence[str]) -> tuple[dict[str, list[Record]], Reading]:
@@ -347,7 +355,8 @@ def _checked(parts: dict[str, list[Record]], reading: Reading, cfg: Config) -> d
         if not part.objects and all_seen and name != "test":
             raise DataError(
                 f"{Path(cfg.data_root).absolute()}: no objects in the {part.pictures} pictures of "
-                f"the {name} split ({part.small} are smaller than --min_object_area)"
+                f"the {name} split ({part.small} are smaller than --min_object_area): add pictures "
+                "with objects to it, or set --val_fraction if it is cut from the training pictures"
             )
     return counts
 

@@ -22,7 +22,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lora_core.config import option, parse
 from lora_core.errors import ConfigError, DataError
-from sam2_lora.config import Config, parse_size
+from sam2_lora.config import (
+    Config,
+    DataFormat,
+    Device,
+    MaskKind,
+    ObjectRule,
+    Precision,
+    parse_size,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,37 +59,28 @@ class Options:
     """Settings of `sam2-lora evaluate`."""
 
     checkpoint: str = option(
-        "sam2_hiera_large.pt", "Base model, or a merged model (then without --adapter).", "model"
+        Config.checkpoint, "Base model, or a merged model (then without --adapter).", "model"
     )
     adapter: str | None = option(None, "Adapter directory or .torch file.", "model")
-    data_root: str = option(
-        "datasets/Data/splits", "As in training: the folder of the splits.", "data"
-    )
+    data_root: str = option(Config.data_root, "As in training: the folder of the splits.", "data")
     split: Literal["test", "val"] = option("test", "Which pictures to score.", "data")
     max_images: int = option(0, "Score a fixed subset of this many pictures; 0 is all.", "data")
-    data_format: Literal["auto", "severstal", "kaggle", "folders", "coco"] = option(
-        "auto", "As in training.", "data"
-    )
-    mask_kind: Literal["auto", "binary", "instances", "labels"] = option(
-        "auto", "As in training.", "data"
-    )
-    objects: Literal["auto", "components", "annotations", "union"] = option(
-        "auto", "As in training.", "data"
-    )
-    min_object_area: int = option(16, "Objects with fewer pixels are left out and counted.", "data")
+    data_format: DataFormat = option("auto", "As in training.", "data")
+    mask_kind: MaskKind = option("auto", "As in training.", "data")
+    objects: ObjectRule = option("auto", "As in training.", "data")
+    min_object_area: int = option(Config.min_object_area, "As in training.", "data")
     val_fraction: float = option(
-        0.1, "As in training, for data without a validation split.", "data"
+        Config.val_fraction, "As in training, for data without a validation split.", "data"
     )
-    seed: int = option(42, "As in training, for data without a validation split.", "data")
     image_size: str | None = option(
         None,
         "Model input such as 1024 or 256x1600; default: the adapter's or checkpoint's own.",
         "model",
     )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
+    precision: Precision = option(
         "auto", "Mixed precision; auto is fp32 on the CPU, bf16 or fp16 on a GPU.", "model"
     )
-    device: Literal["auto", "cuda", "cpu"] = option("auto", "Where to compute.", "model")
+    device: Device = option("auto", "Where to compute.", "model")
     compare_base: bool = option(True, "With --adapter: score the base model too.", "output")
     examples: int = option(8, "Overlays of so many pictures: base, LoRA, truth.", "output")
     exp_id: str | None = option(
@@ -107,7 +106,6 @@ class Options:
             objects=self.objects,
             min_object_area=self.min_object_area,
             val_fraction=self.val_fraction,
-            seed=self.seed,
             image_size=self.image_size or "1024",
             precision=self.precision,
             device=self.device,
@@ -133,7 +131,7 @@ def main(argv: Sequence[str]) -> int:
         options.checkpoint, options.adapter, size, options.device, options.precision
     )
     figures = score(predictor, pictures, options)
-    say(report(figures))
+    say("\n".join([report(figures), *(f"note: {note}" for note in pictures.notes)]))
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     write(folder, figures, csv_rows(predictor, figures, options), options)
@@ -155,9 +153,11 @@ def load_pictures(options: Options) -> EvalSet:
     pictures = load_split(options.config(), options.split)
     if pictures is None:
         other = "val" if options.split == "test" else "test"
-        raise DataError(f"{options.data_root} has no {options.split} split: try --split {other}")
+        root = Path(options.data_root).absolute()
+        raise DataError(f"{root} has no {options.split} split: try --split {other}")
     if options.max_images:
-        return EvalSet(subset(pictures.records, options.max_images), options.config())
+        chosen = subset(pictures.records, options.max_images)
+        return EvalSet(chosen, options.config(), pictures.notes)
     return pictures
 
 
@@ -269,7 +269,7 @@ def csv_rows(
             "steps": lora.get("step", ""),
             "lr": lora.get("learning_rate", ""),
             "wd": lora.get("weight_decay", ""),
-            "seed": lora.get("seed", options.seed),
+            "seed": lora.get("seed", ""),
             f"{options.split}_mIoU": values["iou"],
             f"{options.split}_Dice": values["dice"],
             **{f"IoU@{level}": values[f"iou_ge_{level}"] for level in (50, 75, 90, 95)},

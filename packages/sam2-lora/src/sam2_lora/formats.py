@@ -19,11 +19,11 @@ import numpy as np
 
 from lora_core.errors import DataError, near
 from sam2_lora.coco import CocoFile, find_coco, read_coco
+from sam2_lora.config import MaskKind
 from sam2_lora.encodings import ring_of
 from sam2_lora.image import read_size
-from sam2_lora.masks import Size
+from sam2_lora.masks import Size, UnclearKind
 from sam2_lora.records import (
-    MaskKind,
     Reading,
     Record,
     Shape,
@@ -336,7 +336,7 @@ def _read_folders(folder: Path, root: Path, mask_kind: MaskKind, reading: Readin
         if stem not in pictures
     ]
     if mask_kind == "auto":
-        _look_at_kind(reading.records)
+        _look_at_kind(reading)
 
 
 def _by_stem(files: dict[str, Path], reading: Reading) -> dict[str, Path]:
@@ -348,11 +348,18 @@ def _by_stem(files: dict[str, Path], reading: Reading) -> dict[str, Path]:
     return found
 
 
-def _look_at_kind(records: list[Record]) -> None:
-    """Stop at the first of some masks whose values are not evidently background and foreground.
+def _look_at_kind(reading: Reading) -> None:
+    """Look at some masks; if one is not evidently background and foreground, drop all of them:
+    one problem says it, not one for each mask.
 
     Raises:
         DataError: the kind of the masks has to be said.
     """
-    for record in records[:: max(1, len(records) // KIND_SAMPLE)]:
-        record.objects  # noqa: B018 - decoding raises
+    for record in reading.records[:: max(1, len(reading.records) // KIND_SAMPLE)]:
+        try:
+            record.objects  # noqa: B018 - decoding raises
+        except UnclearKind:
+            reading.records.clear()
+            raise
+        except DataError:
+            continue  # a damaged mask: reported with all others that are

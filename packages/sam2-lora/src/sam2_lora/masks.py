@@ -18,6 +18,10 @@ TINY = 1e-9  # an exact half, or a tie, must not depend on rounding
 EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
 
 
+class UnclearKind(DataError):
+    """Mask values of which nobody said what they mean."""
+
+
 @dataclass(frozen=True, eq=False)
 class Object:
     """One thing to segment: its mask, cut to its bounding box, and its class.
@@ -148,12 +152,12 @@ def binary_object(values: NDArray[np.integer], evident: bool, label: str) -> lis
         evident: take only 1 or 255 for foreground, since nobody said what the values mean.
 
     Raises:
-        DataError: other values; a soft or lossy mask has many.
+        UnclearKind: other values; a soft or lossy mask has many.
     """
     found = np.unique(values)
     others = found[found != 0]
     if len(others) > 1 or (evident and len(others) and others[0] not in (1, 255)):
-        raise DataError(
+        raise UnclearKind(
             f"mask values {listed(found)}, expected "
             + ("0 and 1, or 0 and 255" if evident else "0 and one other")
             + "; say what they mean with --mask_kind instances (one id per object) or labels (one "

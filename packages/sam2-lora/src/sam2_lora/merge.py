@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lora_core.config import option, parse
-from lora_core.errors import ConfigError
+from lora_core.errors import CheckpointError, ConfigError
 from lora_core.report import say
 
 if TYPE_CHECKING:
@@ -58,21 +58,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sam2_lora.model import load
 
     refuse_existing(Path(options.output), options.overwrite)
-    checkpoint = options.checkpoint or _recorded_base(options.adapter)
-    model = load(checkpoint, adapter=options.adapter)
+    model = load(options.checkpoint or _recorded_base(options.adapter), adapter=options.adapter)
     merged = export(model, options.output, options.dtype, options.overwrite)
     say(merged)
     _mention_limits(model, merged)
     return 0
 
 
-def _recorded_base(adapter: str) -> str:
+def _recorded_base(adapter: str) -> Path:
+    """The base file whose name the adapter holds, if it lies in one of the usual places."""
     from lora_core.adapter_file import read_adapter
+    from sam2_lora.official import find_checkpoint
 
     base = read_adapter(adapter).metadata.get("base")
     if not isinstance(base, dict) or not isinstance(base.get("file"), str):
         raise ConfigError(f"{adapter} does not say what it was trained on: add --checkpoint FILE")
-    return base["file"]
+    try:
+        return find_checkpoint(base["file"])
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}\n{adapter} was trained on it: add --checkpoint FILE"
+        ) from None
 
 
 def _mention_limits(model: Sam2Model, merged: Merged) -> None:

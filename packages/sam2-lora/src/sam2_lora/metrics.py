@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lora_core.errors import ConfigError
+from lora_core.training_arguments import choose_precision
 from sam2_lora.automatic import UPSCALED_VALUES, Grid, segment_features
 from sam2_lora.config import Config
 from sam2_lora.image import preprocess, to_model_boxes, to_model_points, upscale_logits
@@ -132,16 +132,9 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     Raises:
         ConfigError: this device cannot compute in that precision.
     """
-    bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if precision == "auto":
-        precision = "fp32" if device.type == "cpu" else "bf16" if bf16 else "fp16"
-    if (precision == "fp16" and device.type == "cpu") or (precision == "bf16" and not bf16):
-        works = "fp32" if device.type == "cpu" else "fp16"
-        raise ConfigError(
-            f"--precision {precision} does not work on this {device.type}: use {works}"
-        )
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+    chosen = choose_precision(precision, device)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[chosen]
+    return torch.autocast(device.type, dtype=dtype, enabled=chosen != "fp32")
 
 
 @contextmanager

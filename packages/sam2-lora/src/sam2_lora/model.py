@@ -328,9 +328,9 @@ def load_adapter(model: Sam2Model, path: str | Path) -> dict[str, Any]:
     file = adapter_file.read_adapter(path)
     check_base(model, path, file.metadata)
     alpha = None if file.config else Config.lora_alpha
+    adapter_file.load_adapter(model, path, rename=names.module_to_official, lora_alpha=alpha)
     if alpha is not None:
         say(f"{path} holds tensors only: lora_alpha is taken to be {alpha}, the default")
-    adapter_file.load_adapter(model, path, rename=names.module_to_official, lora_alpha=alpha)
     return file.metadata
 
 

@@ -156,11 +156,6 @@ def module_to_official(path: str) -> str:
     return next(iter(_translate(path, to_official=True)), path)
 
 
-def module_from_official(path: str) -> str:
-    """Module path in the official model -> in transformers; an unknown path stays as it is."""
-    return next(iter(_translate(path, to_official=False)), path)
-
-
 def is_video(name: str) -> bool:
     """Whether an official tensor belongs to the video memory, which the image model lacks."""
     return _VIDEO_ONLY.fullmatch(name) is not None

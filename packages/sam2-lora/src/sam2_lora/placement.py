@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lora_core.config import LoraConfig
-from sam2_lora.config import Config
+from sam2_lora.config import PRESETS, Config
 
 if TYPE_CHECKING:
     from transformers import Sam2Config, Sam2Model
@@ -27,12 +27,6 @@ ROLES = {
         r"re:mask_decoder\.(output_hypernetworks_mlps\.\d+|iou_prediction_head|pred_obj_score_head)"
         r"\.(proj_in|layers\.\d+|proj_out)"
     ],
-}
-PRESETS = {
-    "default": ("encoder_attention", "decoder_attention", "decoder_mlp"),
-    "encoder": ("encoder_attention",),
-    "decoder": ("decoder_attention", "decoder_mlp"),
-    "decoder_attention": ("decoder_attention",),
 }
 
 

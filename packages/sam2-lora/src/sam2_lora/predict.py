@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_core.config import option, parse
 from lora_core.errors import ConfigError, DataError
-from sam2_lora.config import parse_size
+from sam2_lora.config import Config, Device, Precision, parse_size
 from sam2_lora.user_prompts import Prompt, read_prompts
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Options:
 
     images: list[str] = option(MISSING, "Pictures, or folders of pictures.", "input")
     checkpoint: str = option(
-        "sam2_hiera_large.pt", "Base model, or a merged model (then without --adapter).", "model"
+        Config.checkpoint, "Base model, or a merged model (then without --adapter).", "model"
     )
     adapter: str | None = option(None, "Adapter directory or .torch file.", "model")
     points: list[str] = option(
@@ -74,10 +74,10 @@ class Options:
         "Model input such as 1024 or 256x1600; default: the adapter's or checkpoint's own.",
         "model",
     )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
+    precision: Precision = option(
         "auto", "Mixed precision; auto is fp32 on the CPU, bf16 or fp16 on a GPU.", "model"
     )
-    device: Literal["auto", "cuda", "cpu"] = option("auto", "Where to compute.", "model")
+    device: Device = option("auto", "Where to compute.", "model")
     output: str = option("predictions", "Folder for the results.", "output")
     compare_base: bool = option(
         True, "With --adapter: show the base model's masks beside the adapted ones.", "output"

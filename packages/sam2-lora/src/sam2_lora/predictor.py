@@ -18,6 +18,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from lora_core.errors import ConfigError
+from lora_core.training_arguments import choose_precision
 from sam2_lora.automatic import UPSCALED_VALUES, Grid, Instance, segment, segment_features
 from sam2_lora.image import preprocess, to_model_boxes, to_model_points, upscale_logits
 from sam2_lora.losses import LOGIT_LIMIT, best_masks
@@ -75,12 +76,13 @@ class Predictor:
 
         Raises:
             CheckpointError: the files are missing, damaged, or do not belong together.
-            ConfigError: no such device.
+            ConfigError: no such device, or a precision that it does not compute in.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigError(f"--device {device}: torch sees no CUDA device; use cpu or auto")
+        choose_precision(precision, device)  # raises before anything slow
         model = load(checkpoint, image_size, adapter)
         model.to(device)
         return cls(model, precision)

@@ -15,10 +15,12 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lora_core.config import option, parse
 from lora_core.errors import ConfigError, DataError
+from lora_core.report import say, table
+from sam2_lora.config import Config, DataFormat, MaskKind, ObjectRule
 
 if TYPE_CHECKING:
     from sam2_lora.records import Record
@@ -37,16 +39,10 @@ class Options:
             "group": "data",
         }
     )
-    output: str = option("datasets/Data/splits", "Folder that is made.", "data")
-    data_format: Literal["auto", "severstal", "kaggle", "folders", "coco"] = option(
-        "auto", "As in training.", "data"
-    )
-    mask_kind: Literal["auto", "binary", "instances", "labels"] = option(
-        "auto", "As in training.", "data"
-    )
-    objects: Literal["auto", "components", "annotations", "union"] = option(
-        "auto", "What becomes one object: as in training.", "data"
-    )
+    output: str = option(Config.data_root, "Folder that is made.", "data")
+    data_format: DataFormat = option("auto", "As in training.", "data")
+    mask_kind: MaskKind = option("auto", "As in training.", "data")
+    objects: ObjectRule = option("auto", "What becomes one object: as in training.", "data")
     test_share: float = option(
         0.16, "Share of pictures for the test split, if the data is not split yet.", "splits"
     )
@@ -78,8 +74,6 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; returns the process exit code."""
     options = parse(Options, argv, prog="sam2-lora prepare", description=TEXT)
 
-    from lora_core.report import say, table
-
     output = Path(options.output)
     made = prepare(options)
     say(table(("folder", "pictures"), sorted(made.items())))
@@ -98,7 +92,9 @@ def prepare(options: Options) -> dict[str, int]:
     """
     output = Path(options.output).absolute()
     _check_output(output, options)
-    parts = read_parts(options)
+    parts, notes = read_parts(options)
+    for note in notes:
+        say(f"note: {note}")
     unfinished = output.with_name(f".{output.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -127,8 +123,8 @@ def _check_output(output: Path, options: Options) -> None:
         raise DataError(f"{output} holds {strange[0]!r}, which is not replaced: remove it first")
 
 
-def read_parts(options: Options) -> dict[str, list[Record]]:
-    """Records of "train", "val" and "test"; splits that the data has are kept.
+def read_parts(options: Options) -> tuple[dict[str, list[Record]], list[str]]:
+    """Records of "train", "val" and "test", and notes; splits that the data has are kept.
 
     Raises:
         DataError: no data, or faults in it.
@@ -144,6 +140,7 @@ def read_parts(options: Options) -> dict[str, list[Record]]:
     for name, source in sources.items():
         reading = read(source, kind, root, options.mask_kind)
         total.problems += reading.problems
+        total.notes += reading.notes
         parts[name] = reading.records
     total.stop_if_wrong(str(root.absolute()))
     if not any(parts.values()):
@@ -156,7 +153,7 @@ def read_parts(options: Options) -> dict[str, list[Record]]:
         # The names that rank lowest are in the test split already.
         taken = options.test_share if "all" in sources and "test" not in sources else 0
         parts["train"], parts["val"] = split_by_name(parts["train"], taken + options.val_share)
-    return parts
+    return parts, total.said()
 
 
 def write_tree(folder: Path, parts: dict[str, list[Record]], options: Options) -> dict[str, int]:
@@ -200,7 +197,6 @@ def _write_pair(split: Path, record: Record, options: Options) -> None:
 
 def annotation(record: Record, options: Options) -> dict[str, Any]:
     """A record as Supervisely JSON: one bitmap for each object, also the smallest."""
-    from sam2_lora.config import Config
     from sam2_lora.encodings import encode_bitmap
     from sam2_lora.survey import objects_of
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from lora_core.errors import DataError, listing
+from sam2_lora.config import MaskKind
 from sam2_lora.encodings import (
     decode_bitmap,
     decode_counts,
@@ -34,8 +35,6 @@ from sam2_lora.image import (
     upright_size,
 )
 from sam2_lora.masks import Object, Size, binary_object, objects_by_value, trim
-
-MaskKind = Literal["auto", "binary", "instances", "labels"]
 
 
 class Shape(NamedTuple):
@@ -108,7 +107,7 @@ class Record:
                 return binary_object(values, evident=self.mask_kind == "auto", label="object")
             return objects_by_value(values, labels=self.mask_kind == "labels")
         except DataError as error:
-            raise DataError(f"{path}: {error}") from None
+            raise type(error)(f"{path}: {error}") from None
 
 
 @dataclass
@@ -149,6 +148,10 @@ class Reading:
         elif declared == size[::-1]:
             reason = "; width and height seem to be swapped"
         raise DataError(f"{source}: {_sizes(declared, size)} {picture}{reason}")
+
+    def said(self) -> list[str]:
+        """The notes as lines for people."""
+        return [f"{count} {what}" for what, count in self.notes.items()]
 
     def stop_if_wrong(self, what: str) -> None:
         """Raise one DataError for all problems.

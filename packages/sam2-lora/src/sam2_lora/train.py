@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_core.config import parse
+from lora_core.errors import ConfigError
 from lora_core.errors import run as guarded
 from lora_core.report import RunLog, say, table
 from sam2_lora.artifacts import Artifacts, Run, find_run, new_run
@@ -47,13 +48,16 @@ def train(argv: Sequence[str]) -> int:
     from lora_core.trainer import (
         LoraTrainer,
         choose_device,
+        choose_precision,
         first_rank_decides,
         training_arguments,
     )
     from sam2_lora import data, losses, metrics, model, placement
 
     device = choose_device(cfg.device)
+    choose_precision(cfg.precision, device)  # raises before anything slow
     splits = data.load(cfg)
+    say(f"{splits}\n")
     network = model.build(cfg)
     if cfg.adapter:
         cfg = warm_start(network, cfg)
@@ -121,13 +125,20 @@ def settings(argv: Sequence[str]) -> tuple[Config, Run | None]:
 
 
 def warm_start(network: Sam2Model, cfg: Config) -> Config:
-    """Put the adapter `cfg.adapter` on the network, and take rank and alpha from it."""
+    """Put the adapter `cfg.adapter` on the network, and take rank and alpha from it.
+
+    Raises:
+        CheckpointError: see `model.load_adapter`.
+        ConfigError: it adapts the encoder, whose output is to be cached.
+    """
     from lora_core import summary
     from sam2_lora.model import load_adapter
 
     load_adapter(network, str(cfg.adapter))
     say(f"starting from {cfg.adapter}; its rank, alpha and layers are used")
     say(report := summary(network))
+    if cfg.cache_dir and any(row.path.startswith("vision_encoder.") for row in report.rows):
+        raise ConfigError(f"--cache_dir needs an unchanged encoder, but {cfg.adapter} adapts it")
     first = report.rows[0]
     return replace(cfg, lora_rank=first.r, lora_alpha=first.alpha)
 
@@ -168,8 +179,9 @@ def show(network: Sam2Model, val: EvalSet | None, log: RunLog, step: int) -> Non
     from sam2_lora.evaluate import compare
     from sam2_lora.predictor import Predictor
 
+    predictor = Predictor(network, val.cfg.precision)
     for record in islice((record for record in val if record.objects), PICTURES):
-        log.picture(record.key, compare(Predictor(network), record, ("base", "LoRA")), step)
+        log.picture(record.key, compare(predictor, record, ("base", "LoRA")), step)
 
 
 def conclude(trainer: LoraTrainer, artifacts: Artifacts, splits: Splits, cfg: Config) -> None:

@@ -20,12 +20,14 @@ class Prompt:
     labels: tuple[int, ...] = ()  # 1 or 0, one per click
     box: tuple[float, float, float, float] | None = None
 
-    def outside(self, size: tuple[int, int]) -> bool:
-        """Whether any coordinate lies beyond a picture of `size` (H, W)."""
+    def outside(self, size: tuple[int, int]) -> list[tuple[float, float]]:
+        """Clicks and corners (x, y) that lie beyond a picture of `size` (H, W)."""
         corners = [self.box[:2], self.box[2:]] if self.box else []
-        return any(
-            not (0 <= x <= size[1] and 0 <= y <= size[0]) for x, y in (*self.points, *corners)
-        )
+        return [
+            (x, y)
+            for x, y in (*self.points, *corners)
+            if not (0 <= x <= size[1] and 0 <= y <= size[0])
+        ]
 
 
 def read_prompts(
@@ -160,9 +162,9 @@ def _check_inside(prompts: dict[Path, list[Prompt]]) -> None:
             problems.append(str(error))
             continue
         problems += [
-            f"{image.name}: {prompt} lies outside the picture of {size[1]}x{size[0]} pixels"
+            f"{image.name}: {x:g},{y:g} lies outside the picture of {size[1]} x {size[0]} pixels"
             for prompt in given
-            if prompt.outside(size)
+            for x, y in prompt.outside(size)
         ]
     if problems:
         raise DataError(listing(problems))
