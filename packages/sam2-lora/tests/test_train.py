@@ -131,6 +131,8 @@ def test_the_csv_begins_with_the_base_and_has_every_validation(finished: Path) -
     measured = ("iou", "dice", "box_iou", "click3_iou", "click5_iou")
     val_rows = [row for row in rows(finished) if row["split"] == "val"]
     assert all(0 < float(row[name]) <= 1 for row in val_rows for name in measured)
+    counted = [(row["empty_images"], row["false_positive_images"]) for row in val_rows]
+    assert all(float(value) == 0 for pair in counted for value in pair)  # all hold objects
 
 
 def test_steps_count_optimizer_updates(finished: Path) -> None:

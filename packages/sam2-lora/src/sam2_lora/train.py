@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 COLUMNS = (
     "step", "split", "epoch", "loss", "loss_mask", "loss_dice", "loss_iou", "loss_class",
-    "iou", "dice", "box_iou", "click3_iou", "click5_iou", "lr", "grad_norm", "seconds",
+    "iou", "dice", "box_iou", "click3_iou", "click5_iou", "empty_images",
+    "false_positive_images", "lr", "grad_norm", "seconds",
 )  # fmt: skip
 SHOWN = ("iou", "dice", "box_iou", "click3_iou")
 PICTURES = 4  # overlays per validation in TensorBoard
