@@ -771,3 +771,5 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
 
 if __name__ == "__main__":
     distributed_run(sys.argv[1], 4)
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads can outlive the group and then abort the interpreter's teardown

@@ -65,13 +65,22 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(text))
 
 
+last_status: int | None = None  # of the command that `run` ended last
+
+
 def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Call `main(argv)` as a command and give its exit status.
 
     A `UserError` becomes its message on stderr and status 2; `--debug`, which is taken out of
     `argv`, keeps the traceback. Other exceptions are faults of ours and pass through.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    global last_status
+    last_status = None
+    last_status = _status(main, list(sys.argv[1:] if argv is None else argv))
+    return last_status
+
+
+def _status(main: Callable[[list[str]], int | None], words: list[str]) -> int:
     try:
         status = main([word for word in words if word != "--debug"]) or 0
         sys.stdout.flush()  # a closed pipe shows here, not in the interpreter's last breath

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_origin, get_type_hints
 
 import torch
 
-from lora_core import config_types
+from lora_core import config_types, errors
 from lora_core.errors import ConfigError, UserError, listing, near
 from lora_core.report import say
 
@@ -231,9 +233,20 @@ def training_arguments(
 
 
 def _leave_group() -> None:
-    """End the process group: gloo's threads abort an interpreter that ends before it."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    """End the process group before the interpreter ends.
+
+    gloo's threads can outlive even the group and then abort the interpreter (SIGABRT, one run of
+    25), so a command that is through leaves at once with its own status.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    gloo = torch.distributed.get_backend() == "gloo"
+    torch.distributed.destroy_process_group()
+    if gloo and errors.last_status is not None:
+        with contextlib.suppress(OSError, ValueError):  # a reader that has left
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(errors.last_status)
 
 
 def _checked(extra: dict[str, Any]) -> dict[str, Any]:
