@@ -56,7 +56,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("package", choices=["sam2"])
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200, help="as in the demo")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--output", type=Path, help="write the table here as well")
