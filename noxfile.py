@@ -57,6 +57,13 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def faults(session: nox.Session) -> None:
+    """The long tests of what must never be lost: kills, resumes, memory, many processes."""
+    install(session, *editable(), *test_requirements(*PACKAGES))
+    session.run("pytest", "-m", "slow and not gpu", "--durations=10", *session.posargs)
+
+
+@nox.session
 def build(session: nox.Session) -> None:
     """Build sdist and wheel of each package, install the wheels alone, run them."""
     dist = ROOT / "dist"

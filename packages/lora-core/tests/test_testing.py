@@ -101,9 +101,9 @@ class Deaf(Tower):
 @pytest.mark.parametrize(
     ("model", "promise", "message"),
     [
-        (Restless, testing.only_adapters_train, "frozen calls changed"),
-        (Restless, testing.merging_keeps_the_output, "off by"),
-        (Deaf, testing.only_adapters_train, r"4 of 8 did not move: .*blocks\.1"),
+        (Restless, testing.contract.only_adapters_train, "frozen calls changed"),
+        (Restless, testing.contract.merging_keeps_the_output, "off by"),
+        (Deaf, testing.contract.only_adapters_train, r"4 of 8 did not move: .*blocks\.1"),
     ],
 )
 def test_the_contract_notices_a_model_that_breaks_it(model, promise, message, tmp_path):
@@ -119,7 +119,7 @@ def test_the_contract_notices_a_base_that_is_not_frozen(tmp_path):
 
     loose = Case(Tower, run, CONFIGS["plain"], ROLES)
     with pytest.raises(AssertionError, match=r"a gradient reaches frozen head\.bias"):
-        testing.only_adapters_train(loose, tmp_path)
+        testing.contract.only_adapters_train(loose, tmp_path)
 
 
 def test_the_contract_notices_a_different_base_each_time(tmp_path):
@@ -133,9 +133,9 @@ def test_the_contract_notices_a_different_base_each_time(tmp_path):
 
     changing = Case(other, lambda m: m(IMAGE), CONFIGS["plain"], ROLES)
     for promise in (
-        testing.injection_changes_no_bit,
-        testing.files_restore_the_adapter,
-        testing.adapters_off_is_the_base,
+        testing.contract.injection_changes_no_bit,
+        testing.contract.files_restore_the_adapter,
+        testing.contract.adapters_off_is_the_base,
     ):
         with pytest.raises(AssertionError):
             promise(changing, tmp_path)

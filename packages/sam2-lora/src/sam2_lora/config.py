@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from lora_core.config import option
 from lora_core.errors import ConfigError, near
+from lora_core.guards import Guards
 
 STRIDE = 32  # Hiera: patches of 4 pixels, window positions of 8 patches
 # Preset of `--targets` -> roles of `placement`.
@@ -27,7 +28,7 @@ Device = Literal["auto", "cuda", "cpu"]
 
 
 @dataclass
-class Config:
+class Config(Guards):
     """Settings of `sam2-lora train`; the guide's flags keep their names and defaults."""
 
     # -- the guide's flags ---------------------------------------------------------------------
@@ -144,6 +145,7 @@ class Config:
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in (
             "steps",
             "batch_size",

@@ -1,6 +1,6 @@
-"""For the tests of every package: recorded numbers, the promises of LoRA, the commands of a README.
+"""The promises of LoRA that every model package keeps.
 
-Plain functions that raise AssertionError. In a package's tests the whole contract is
+In a package's tests the whole contract is
 
     @pytest.mark.parametrize("promise", testing.CONTRACT, ids=lambda promise: promise.__name__)
     def test_contract(promise, tmp_path):
@@ -9,21 +9,15 @@ Plain functions that raise AssertionError. In a package's tests the whole contra
 
 from __future__ import annotations
 
-import json
-import re
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from lora_core.adapter_file import load_adapter, save_adapter
 from lora_core.config import LoraConfig
-from lora_core.errors import UserError
 from lora_core.injection import (
     adapters_off,
     configs,
@@ -35,52 +29,7 @@ from lora_core.injection import (
 )
 from lora_core.merging import merge, merged_state_dict, unmerge
 from lora_core.module_names import join
-
-# -- recorded numbers --------------------------------------------------------------------------
-
-
-@dataclass
-class Golden:
-    """One recorded case: its settings, inputs and outputs, the base model's tensors, its folder."""
-
-    folder: Path
-    config: dict[str, Any]
-    io: dict[str, Tensor]
-    weights: dict[str, Tensor]
-
-
-def load_golden(folder: str | Path) -> Golden:
-    """Read `config.json`, `io.safetensors` and, where there is one, `weights.safetensors`."""
-    folder = Path(folder)
-    weights = folder / "weights.safetensors"
-    return Golden(
-        folder,
-        json.loads((folder / "config.json").read_text("utf-8")),
-        safetensors.torch.load_file(folder / "io.safetensors"),
-        safetensors.torch.load_file(weights) if weights.exists() else {},
-    )
-
-
-def assert_close_golden(
-    actual: Tensor, expected: Tensor, rtol: float = 1e-5, atol: float = 2e-6
-) -> None:
-    """Require `|actual - expected| <= rtol |expected| + atol max |expected|` everywhere."""
-    assert actual.shape == expected.shape, f"shape {actual.shape}, recorded {expected.shape}"
-    a, e = actual.detach().double(), expected.double()
-    error = (a - e).abs() - rtol * e.abs()
-    bound = atol * e.abs().max()
-    assert (error <= bound).all(), f"off by {(a - e).abs().max():.2e} of {e.abs().max():.2e}"
-
-
-def assert_gradient_close(actual: Tensor | None, expected: Tensor, rtol: float = 2e-5) -> None:
-    """Require `|actual - expected| <= rtol |expected|` in the Euclidean norm."""
-    assert actual is not None, "no gradient arrived"
-    assert actual.shape == expected.shape, f"shape {actual.shape}, recorded {expected.shape}"
-    error = (actual.double() - expected.double()).norm() / expected.double().norm()
-    assert error <= rtol, f"relative error {error:.2e}, allowed {rtol:.0e}"
-
-
-# -- the contract of a package -----------------------------------------------------------------
+from lora_core.testing.goldens import assert_close_golden
 
 
 @dataclass
@@ -282,91 +231,3 @@ CONTRACT: tuple[Callable[[Case, Path], None], ...] = (
     adapters_off_is_the_base,
     removal_restores_the_model,
 )
-
-# -- the commands of a README ------------------------------------------------------------------
-
-LAUNCHERS = frozenset({"python", "python3", "torchrun", "accelerate"})
-_BLOCK = re.compile(r"^ *```(?:bash|sh|shell|console)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
-
-
-@dataclass
-class Command:
-    """One command of a README: the program and the words behind it."""
-
-    program: str
-    argv: list[str] = field(default_factory=list)
-
-
-def readme_commands(readme: str | Path, programs: Sequence[str]) -> list[Command]:
-    """Every use of these programs in the README's bash blocks.
-
-    Args:
-        programs: console names (`sam2-lora`), scripts (`train_lora.py`), modules (`sam2_lora`,
-            as `python -m` takes it). Launchers and `NAME=value` before them are skipped.
-    """
-    found = []
-    for block in _BLOCK.findall(Path(readme).read_text("utf-8")):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line.strip().removeprefix("$ "), comments=True)
-            for part in _split(words):
-                command = _command(part, programs)
-                if command:
-                    found.append(command)
-    return found
-
-
-def _split(words: list[str]) -> Iterator[list[str]]:
-    """Cut a line at the shell's separators."""
-    part: list[str] = []
-    for word in words:
-        if word in {"&&", "||", "|", "&", ";"}:
-            yield part
-            part = []
-        elif word.endswith(";"):
-            yield [*part, word[:-1]]
-            part = []
-        else:
-            part.append(word)
-    yield part
-
-
-def _command(words: list[str], programs: Sequence[str]) -> Command | None:
-    while words and re.fullmatch(r"\w+=.*", words[0]):
-        words = words[1:]
-    if not words:
-        return None
-    if words[0] in programs:
-        return Command(words[0], words[1:])
-    if Path(words[0]).name not in LAUNCHERS:
-        return None
-    for i, word in enumerate(words[1:], 1):
-        script = Path(word).name if word.endswith(".py") else word if words[i - 1] == "-m" else ""
-        if script in programs:
-            return Command(script, words[i + 1 :])
-    return None
-
-
-def check_commands(
-    readme: str | Path, parsers: Mapping[str, Callable[[list[str]], object]]
-) -> list[Command]:
-    """Parse each command of the README with the program's real parser; give what was checked.
-
-    Args:
-        parsers: program -> a function that parses its argv and raises for a bad one.
-
-    Raises:
-        AssertionError: naming every command that is refused, or that no program is ever used.
-    """
-    commands = readme_commands(readme, list(parsers))
-    assert commands, f"{readme} uses none of {sorted(parsers)} in a bash block"
-    refused = []
-    for command in commands:
-        try:
-            parsers[command.program](command.argv)
-        except UserError as error:
-            refused.append(f"{command.program} {shlex.join(command.argv)}: {error}")
-        except SystemExit as stop:  # argparse's way to end `--help`, or to refuse
-            if stop.code:
-                refused.append(f"{command.program} {shlex.join(command.argv)}: exit {stop.code}")
-    assert not refused, "\n".join([f"{readme}:", *refused])
-    return commands
