@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from lora_core import adapter_file
 from lora_core.adapter_file import load_adapter, save_adapter
 from lora_core.config import LoraConfig, Slices
 from lora_core.errors import CheckpointError
@@ -134,6 +135,7 @@ WRONG_TENSORS = {
 }
 
 
+@pytest.mark.fault("K27", "K28", "K29", "K32", "H35")
 @pytest.mark.parametrize("fault", WRONG_TENSORS)
 def test_tensors_that_do_not_fit_are_refused_by_name(saved, fault):
     change, parts = WRONG_TENSORS[fault]
@@ -141,6 +143,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(saved, fault):
     refused(saved, *parts)
 
 
+@pytest.mark.fault("K29")
 def test_all_problems_are_reported_together(saved):
     def spoil(tensors):
         for key in list(tensors):
@@ -159,17 +162,23 @@ def test_two_adapters_for_one_shared_weight_are_refused(tmp_path):
         load_adapter(model, path)
 
 
-def test_values_outside_the_slices_are_refused(saved):
-    data = (saved / WEIGHTS).read_bytes()
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    start = 8 + size + header["base_model.model.blocks.0.qkv.lora_B.weight"]["data_offsets"][0]
-    row = start + 4 * 6 * 9  # row 9 belongs to k, which has no adapter
-    (saved / WEIGHTS).write_bytes(data[:row] + b"\0\0\x80\x3f" + data[row + 4 :])
-    refused(saved, "blocks.0.qkv", "outside the rows of the slices")
+@pytest.mark.fault("K29", "H35")
+def test_values_outside_the_slices_are_refused(tmp_path):
+    config = LoraConfig(["qkv"], r=3, slices={"qkv": Slices(("q", "k", "v"), ("q", "v"))})
+    path = save_adapter(trained(config), tmp_path / "a.pt")
+    content = torch.load(path, weights_only=True)
+    del content["config"]["lora_core"]["sha256"]
+    content["tensors"]["blocks.0.qkv.lora_B.weight"][8] = 1.0  # k has no adapter
+    torch.save(content, path)
+    refused(path, "blocks.0.qkv", "outside the rows of the slices")
 
 
 SETTINGS = {
+    "alpha_negative": ({"lora_alpha": -1}, ["alpha", "-1"]),
+    "alpha_nan": ({"lora_alpha": float("nan")}, ["alpha", "nan"]),
+    "no_type": ({"peft_type": None}, ["type None", "expected 'LORA'"]),
+    "no_alpha": ({"lora_alpha": None}, ["no lora_alpha", "0.21.2"]),
+    "dropout_negative": ({"lora_dropout": -0.1}, ["dropout", "-0.1"]),
     "alpha_zero": ({"lora_alpha": 0}, ["alpha", "0"]),
     "alpha_text": ({"lora_alpha": "big"}, ["'big'"]),
     "rank_negative": ({"r": -1}, ["-1"]),
@@ -187,6 +196,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.fault("K30")
 @pytest.mark.parametrize("fault", SETTINGS)
 def test_settings_that_cannot_be_are_refused(saved, fault):
     edit(saved, lambda tensors: None)
@@ -215,6 +225,7 @@ def test_facts_of_our_own_that_cannot_be_are_refused(tmp_path, facts, part):
     path = save_adapter(trained(PLAIN), tmp_path / "a.pt")
     content = torch.load(path, weights_only=True)
     content["config"]["lora_core"]["layers"]["blocks.0.qkv"] = facts
+    del content["config"]["lora_core"]["sha256"]
     torch.save(content, path)
     refused(path, part)
 
@@ -237,6 +248,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.fault("K29")
 @pytest.mark.parametrize("fault", DAMAGE)
 @pytest.mark.parametrize("form", FORMS)
 def test_damaged_files_are_named_for_what_they_are(tmp_path, form, fault):
@@ -272,7 +284,7 @@ class Hostile:
         return os.system, ("touch canary",)
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
+@pytest.mark.fault("H01", "K45")
 def test_a_pickle_that_would_run_a_program_is_refused_and_does_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"format": 1, "config": {}, "tensors": {}, "x": Hostile()}, tmp_path / "a.pth")
@@ -282,11 +294,13 @@ def test_a_pickle_that_would_run_a_program_is_refused_and_does_not_run(tmp_path,
     assert not (tmp_path / "canary").exists()
 
 
+@pytest.mark.fault("K46")
 def test_objects_of_old_checkpoints_are_named_by_their_class(tmp_path):
     torch.save({"config": Path("x"), "tensors": {}}, tmp_path / "a.pth")
     refused(tmp_path / "a.pth", "pathlib.")
 
 
+@pytest.mark.fault("H06")
 @pytest.mark.parametrize(
     "value",
     [
@@ -310,11 +324,12 @@ def test_missing_paths_name_what_is_there(saved):
     refused(saved, "adapter_config.json is missing")
 
 
-def test_a_file_of_a_later_program_says_so(tmp_path):
-    path = save_adapter(trained(PLAIN), tmp_path / "a.pt")
-    content = torch.load(path, weights_only=True)
-    torch.save(content | {"format": 3}, path)
-    refused(path, "written as format 3", "reads up to 1")
+@pytest.mark.fault("K57")
+@pytest.mark.parametrize("form", FORMS)
+def test_a_file_of_a_later_program_says_so(tmp_path, form, monkeypatch):
+    monkeypatch.setattr(adapter_file, "FORMAT", 3)
+    path = save_adapter(trained(PLAIN), tmp_path / form)
+    refused(path, "written as format 3", "reads up to 1", "update lora-core")
 
 
 def test_a_full_checkpoint_is_not_taken_for_an_adapter(tmp_path):
@@ -324,6 +339,7 @@ def test_a_full_checkpoint_is_not_taken_for_an_adapter(tmp_path):
     refused(tmp_path / "nested.pt", "expected tensors by name", lora_alpha=1)
 
 
+@pytest.mark.fault("K39")
 def test_loading_over_merged_adapters_is_refused(saved):
     model = trained(PLAIN)
     merge(model)
@@ -331,3 +347,178 @@ def test_loading_over_merged_adapters_is_refused(saved):
     with pytest.raises(CheckpointError, match="unmerge"):
         load_adapter(model, saved, "second")
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+
+
+# -- in both forms ---------------------------------------------------------------------------------
+
+
+def tampered(path, change):
+    """Change (config, tensors) of either form as another program would have written them."""
+    if path.is_dir():
+        tensors = safetensors.torch.load_file(path / WEIGHTS)
+        tensors = {k.removeprefix("base_model.model."): t for k, t in tensors.items()}
+        config = json.loads((path / CONFIG).read_text())
+        change(config, tensors)
+        (path / CONFIG).write_text(json.dumps(config))
+        tensors = {f"base_model.model.{k}": t.contiguous() for k, t in tensors.items()}
+        safetensors.torch.save_file(tensors, path / WEIGHTS)
+        return
+    content = torch.load(path, weights_only=True)
+    config = {k: v for k, v in content["config"].items() if k != "lora_core"}
+    change(config, content["tensors"])
+    torch.save(content | {"config": config}, path)
+
+
+def renamed(config, tensors):
+    for key in list(tensors):
+        tensors[f"decoder.{key}"] = tensors.pop(key)
+
+
+def without(part):
+    def change(config, tensors):
+        for key in list(tensors):
+            if part in key:
+                del tensors[key]
+
+    return change
+
+
+def with_value(value):
+    def change(config, tensors):
+        next(iter(tensors.values()))[0, 0] = value
+
+    return change
+
+
+TAMPERED = {
+    "renamed": (renamed, ["0 of 8 adapter tensors match this model", "decoder.blocks.0.proj"]),
+    "layer_missing": (without("blocks.1.proj"), ["blocks.1.proj: its tensors are missing"]),
+    "factor_missing": (without("blocks.1.proj.lora_A"), ["blocks.1.proj.lora_A.weight is missing"]),
+    "no_layers": (without("blocks"), ["no tensors at all"]),
+    "nan": (with_value(float("nan")), ["1 values are NaN or infinite"]),
+    "inf": (with_value(float("-inf")), ["1 values are NaN or infinite"]),
+    "alpha_zero": (lambda config, _: config.update(lora_alpha=0), ["alpha"]),
+    "unknown_type": (lambda config, _: config.update(peft_type="VERA"), ["'VERA'", "PEFT 0.21.2"]),
+    "newer_version": (
+        lambda config, _: config.update(peft_version="1.7", use_xyz=True),
+        ["use_xyz", "PEFT 1.7"],
+    ),
+    "other_rank": (lambda config, _: config.update(r=5), ["rank 5", "needs (5, 8)"]),
+    "transposed": (
+        lambda _, tensors: tensors.update({k: t.t() for k, t in tensors.items()}),
+        ["has shape (8, 3)", "needs (3, 8)"],
+    ),
+}
+
+
+@pytest.mark.fault("K27", "K28", "K29", "K30", "K32", "H35")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("fault", TAMPERED)
+def test_an_adapter_that_does_not_fit_is_refused_in_both_forms(tmp_path, form, fault):
+    path = save_adapter(trained(PLAIN), tmp_path / form)
+    change, parts = TAMPERED[fault]
+    tampered(path, change)
+    refused(path, *parts)
+
+
+@pytest.mark.fault("K28")
+@pytest.mark.parametrize("form", FORMS)
+def test_on_request_an_incomplete_adapter_is_used_as_far_as_it_goes(tmp_path, form):
+    path = save_adapter(trained(PLAIN), tmp_path / form)
+
+    def change(config, tensors):
+        del tensors["blocks.1.proj.lora_A.weight"]
+        del tensors["blocks.1.qkv.lora_A.weight"], tensors["blocks.1.qkv.lora_B.weight"]
+        tensors["extra.lora_A.weight"] = torch.ones(3, 8)
+
+    tampered(path, change)
+    refused(path, "blocks.1.qkv: its tensors are missing", "extra: no such", "allow_partial")
+    model, whole = Net(), lora_layers(trained(PLAIN))
+    with pytest.warns(UserWarning, match=r"in part, on 2 layers(.|\n)*blocks\.1\.proj\.lora_A"):
+        load_adapter(model, path, allow_partial=True)
+    layers = lora_layers(model)
+    assert list(layers) == ["blocks.0.qkv", "blocks.0.proj"]
+    for key, layer in layers.items():
+        pairs = zip(layer.lora_factors("default"), whole[key].lora_factors("default"), strict=True)
+        assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+@pytest.mark.fault("K28")
+@pytest.mark.parametrize("fault", ["nan", "alpha_zero", "transposed", "renamed"])
+def test_what_is_wrong_is_never_used_in_part(tmp_path, fault):
+    path = save_adapter(trained(PLAIN), tmp_path / "a.pt")
+    change, parts = TAMPERED[fault]
+    tampered(path, change)
+    refused(path, *parts, allow_partial=True)
+
+
+@pytest.mark.fault("K29")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_adapters_in_any_precision_load_and_train_in_fp32(tmp_path, form, dtype):
+    path = save_adapter(trained(PLAIN), tmp_path / form)
+    tampered(path, lambda _, tensors: tensors.update({k: t.to(dtype) for k, t in tensors.items()}))
+    model = Net()
+    load_adapter(model, path)
+    for key, layer in lora_layers(model).items():
+        for ours, theirs in zip(
+            layer.lora_factors("default"),
+            lora_layers(trained(PLAIN))[key].lora_factors("default"),
+            strict=True,
+        ):
+            assert ours.dtype == torch.float32
+            assert torch.equal(ours, theirs.to(dtype).float())
+
+
+# -- strangers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("H35", "H14")
+def test_what_a_strangers_configuration_points_to_is_not_opened(tmp_path):
+    path = save_adapter(trained(PLAIN), tmp_path / "adapter")
+
+    def change(config, tensors):
+        config["base_model_name_or_path"] = "http://localhost:1/model"
+        config["auto_mapping"] = {"base_model_class": "os.system", "parent_library": "os"}
+
+    tampered(path, change)
+    load_adapter(Net(), path)
+
+
+@pytest.mark.fault("H35")
+@pytest.mark.parametrize("kind", ["itself", "tensor", "numbers_as_keys", "long_number"])
+def test_settings_that_are_no_plain_values_are_refused(tmp_path, kind):
+    path = save_adapter(trained(PLAIN), tmp_path / "a.pt")
+    content = torch.load(path, weights_only=True)
+    loop = {}
+    loop["x"] = loop
+    odd = {
+        "itself": loop,
+        "tensor": torch.ones(2),
+        "numbers_as_keys": {1: 2, "1": 3},
+        "long_number": 10**5000,
+    }
+    content["config"]["lora_core"]["freeze_A"] = odd[kind]
+    torch.save(content, path)
+    refused(path, "a.pt")
+
+
+@pytest.mark.fault("H38", "H44", "H45")
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["x/../../outside.safetensors"],
+        ["/etc/passwd"],
+        ["missing.safetensors"],
+        [f"adapter-{i}.safetensors" for i in range(100_000)],
+    ],
+    ids=["above", "absolute", "missing", "hundred_thousand"],
+)
+def test_an_index_of_shards_is_not_followed(tmp_path, files):
+    """Adapters are one file; nothing reads an index, nor the pickled metadata of DCP."""
+    path = save_adapter(trained(PLAIN), tmp_path / "adapter")
+    (path / WEIGHTS).rename(tmp_path / "outside.safetensors")
+    index = {"weight_map": {f"blocks.{i}": file for i, file in enumerate(files)}}
+    (path / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    (path / ".metadata").write_bytes(pickle.dumps(Hostile()))
+    refused(path, f"no {WEIGHTS} in it", f"{WEIGHTS}.index.json")

@@ -111,6 +111,7 @@ def content(path):
     return {file.name: file.read_bytes() for file in files}
 
 
+@pytest.mark.fault("K59")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", CASES)
 def test_saved_loaded_and_saved_again_is_the_same(case, form, tmp_path):
@@ -179,6 +180,7 @@ class Twice(nn.Module):
     """`fc`, and another module whose name ends with `.fc`."""
 
     def __init__(self):
+        torch.manual_seed(0)
         super().__init__()
         self.fc, self.extra = nn.Linear(4, 4), nn.ModuleDict({"fc": nn.Linear(4, 4)})
 
@@ -205,6 +207,7 @@ def test_targets_are_full_names_or_one_expression_where_a_name_is_anothers_end(t
         assert list(lora_layers(loaded)) == paths
 
 
+@pytest.mark.fault("K59")
 def test_patterns_hit_one_layer_each(tmp_path):
     save_adapter(trained(CASES["patterns"]), tmp_path)
     found = settings(tmp_path)
@@ -223,7 +226,7 @@ def test_in_proj_alone_is_a_parameter_for_peft_and_dropout_stays_with_us(tmp_pat
     assert found["target_parameters"] == [f"blocks.{i}.attn.in_proj_weight" for i in (0, 1)]
     assert found["lora_dropout"] == 0
     assert read_adapter(tmp_path).extra["lora_dropout"] == 0.1
-    assert not (tmp_path / "README.md").exists()
+    assert "PEFT up to" not in (tmp_path / "README.md").read_text()
 
 
 def test_a_directory_says_what_peft_gets_wrong(tmp_path):
@@ -240,6 +243,7 @@ def test_a_directory_says_what_peft_gets_wrong(tmp_path):
     assert "several layers share" in (tmp_path / "c" / "README.md").read_text()
 
 
+@pytest.mark.fault("K35")
 def test_prefixes_of_wrappers_never_reach_the_file(tmp_path):
     plain = trained(CASES["modules_to_save"])
     expected = content(save_adapter(plain, tmp_path / "plain"))
@@ -323,6 +327,7 @@ def test_another_alpha_than_the_files_is_a_contradiction(tmp_path):
         load_adapter(Net(), path, lora_alpha=16)
 
 
+@pytest.mark.fault("K29")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_adapters_of_any_float_dtype_load_as_fp32(tmp_path, dtype):
     path = save_adapter(trained(CASES["linear"]), tmp_path / "a")
@@ -337,6 +342,7 @@ def test_adapters_of_any_float_dtype_load_as_fp32(tmp_path, dtype):
     assert torch.equal(A, tensors["base_model.model.blocks.0.qkv.lora_A.weight"].float())
 
 
+@pytest.mark.fault("K34")
 def test_a_directory_of_older_peft_with_a_torch_file_loads(tmp_path):
     model = trained(CASES["linear"])
     path = save_adapter(model, tmp_path / "a")
@@ -347,6 +353,7 @@ def test_a_directory_of_older_peft_with_a_torch_file_loads(tmp_path):
     assert torch.equal(out(loaded), out(model))
 
 
+@pytest.mark.fault("K44")
 def test_values_are_swapped_in_place_where_the_layout_is_the_same(tmp_path):
     first, second = trained(CASES["slices"]), trained(CASES["slices"], seed=1)
     path = save_adapter(second, tmp_path / "second")
@@ -403,6 +410,7 @@ def test_saving_while_merged_still_writes_the_factors(tmp_path):
 # -- writing ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("K54")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("renames", [0, 1])
 def test_a_crash_while_writing_leaves_one_whole_adapter(tmp_path, form, renames, monkeypatch):
@@ -445,6 +453,7 @@ def test_metadata_that_is_not_plain_is_refused(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.fault("K51")
 def test_paths_with_spaces_and_unicode_and_moved_folders_work(tmp_path):
     model = trained(CASES["linear"])
     path = save_adapter(model, tmp_path / "mein Ordner ü" / "a b.torch")

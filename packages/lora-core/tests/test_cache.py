@@ -2,7 +2,9 @@
 
 import multiprocessing
 import os
+import resource
 import shutil
+import signal
 import time
 import warnings
 
@@ -15,7 +17,7 @@ from lora_core.config import LoraConfig
 from lora_core.errors import CheckpointError
 from lora_core.injection import inject
 from lora_core.merging import merge
-from lora_core.testing import disturb
+from lora_core.testing import corrupt, disturb
 
 GB = 10**9
 
@@ -71,6 +73,7 @@ def test_gradients_and_live_tensors_are_not_kept(tmp_path):
     assert not found["y"].requires_grad
 
 
+@pytest.mark.fault("D44")
 def test_every_part_of_the_key_counts_and_its_order_does_not(tmp_path):
     cache = FeatureCache(tmp_path, GB)
     keys = [
@@ -88,6 +91,7 @@ def test_every_part_of_the_key_counts_and_its_order_does_not(tmp_path):
         cache.get({"a": 1}, values)
 
 
+@pytest.mark.fault("D45")
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "header", "text"])
 def test_a_damaged_entry_is_computed_again(tmp_path, damage):
     cache = FeatureCache(tmp_path, GB)
@@ -100,6 +104,107 @@ def test_a_damaged_entry_is_computed_again(tmp_path, damage):
     same(cache.get({"k": "v"}, values), values())
     assert cache.healed == 1
     same(cache.get({"k": "v"}, never), values())
+
+
+@pytest.mark.fault("D45", "R40")
+@pytest.mark.parametrize("damage", corrupt.DAMAGE)
+def test_every_damage_is_healed_and_said_once(tmp_path, damage, capsys):
+    cache = FeatureCache(tmp_path, GB)
+    for key in "ab":
+        cache.get({"k": key}, values)
+    for path in entries(tmp_path):
+        corrupt.DAMAGE[damage](path)
+        if damage == "folder":
+            (path / "x").write_text("not even to be replaced")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for key in "ab":
+            same(cache.get({"k": key}, values), values())
+    text = capsys.readouterr().out
+    if damage == "folder":
+        assert len([w for w in said if "going on without storing" in str(w.message)]) == 1
+        return
+    assert text.count("is damaged: it is computed again") == 1
+    for key in "ab":
+        same(cache.get({"k": key}, never), values())
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.fault("D45")
+def test_one_flipped_bit_anywhere_is_noticed(tmp_path):
+    cache = FeatureCache(tmp_path, GB)
+    cache.get({"k": "v"}, values)
+    (path,) = entries(tmp_path)
+    for count, _ in enumerate(corrupt.flips(path, 150), start=1):
+        same(cache.get({"k": "v"}, values), values())
+        assert cache.healed == count
+
+
+def fill(folder, results):
+    """A process whose files may have at most 2000 bytes, as on a disk that is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    cache = FeatureCache(folder, GB)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = [cache.get({"k": str(i)}, lambda: {"x": torch.ones(1000)}) for i in range(3)]
+    good = all(bool((one["x"] == 1).all()) for one in found)
+    results.put((good, [str(w.message) for w in said], [p.name for p in folder.rglob("*.*")]))
+
+
+@pytest.mark.fault("R40")
+def test_on_a_full_disk_it_goes_on_without_storing_and_leaves_nothing(tmp_path):
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    worker = context.Process(target=fill, args=(tmp_path, results))
+    worker.start()
+    good, said, left = results.get(timeout=30)
+    worker.join(10)
+    assert good
+    assert len(said) == 1
+    assert "cannot write" in said[0]
+    assert "going on without storing features" in said[0]
+    assert not left
+
+
+def compute_slowly(folder, started, results):
+    cache = FeatureCache(folder, GB)
+
+    def compute():
+        started.wait(10)  # every process is computing the same entry at once
+        return values()
+
+    cache.get({"k": "v"}, compute)
+    same(cache.get({"k": "v"}, never), values())
+    results.put(cache.misses)
+
+
+@pytest.mark.fault("R39")
+def test_processes_that_make_one_entry_at_once_leave_one_whole_entry(tmp_path):
+    context = multiprocessing.get_context("fork")
+    started, results = context.Barrier(3), context.Queue()
+    workers = [
+        context.Process(target=compute_slowly, args=(tmp_path, started, results)) for _ in range(3)
+    ]
+    for worker in workers:
+        worker.start()
+    assert [results.get(timeout=30) for _ in workers] == [1, 1, 1]
+    for worker in workers:
+        worker.join(10)
+    assert len(entries(tmp_path)) == 1
+    assert not list(tmp_path.rglob("*.tmp"))
+    same(FeatureCache(tmp_path, GB).get({"k": "v"}, never), values())
+
+
+@pytest.mark.fault("R39")
+def test_a_folder_of_another_user_is_used_as_far_as_it_can_be(tmp_path, monkeypatch):
+    FeatureCache(tmp_path, GB).get({"k": "v"}, values)
+
+    def refuse(*arguments, **options):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    same(FeatureCache(tmp_path, GB).get({"k": "v"}, never), values())
 
 
 def test_an_error_while_computing_leaves_nothing_behind(tmp_path):
@@ -134,6 +239,7 @@ def test_a_value_larger_than_the_bound_is_not_stored(tmp_path):
     assert cache.misses == 2
 
 
+@pytest.mark.fault("R39")
 def test_left_overs_of_dead_processes_are_removed(tmp_path):
     FeatureCache(tmp_path, GB).get({"k": "v"}, values)
     (path,) = entries(tmp_path)
@@ -146,6 +252,7 @@ def test_left_overs_of_dead_processes_are_removed(tmp_path):
     assert new.exists()
 
 
+@pytest.mark.fault("R40")
 def test_without_a_place_to_write_it_goes_on_and_says_so_once(tmp_path):
     (tmp_path / "file").write_text("")
     cache = FeatureCache(tmp_path / "file", GB)
@@ -169,6 +276,7 @@ def use(folder, number, results):
     results.put((wrong, cache.hits))
 
 
+@pytest.mark.fault("R39")
 def test_several_processes_share_one_folder(tmp_path):
     context = multiprocessing.get_context("fork")
     results = context.Queue()

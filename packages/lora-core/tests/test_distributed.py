@@ -1,14 +1,7 @@
-"""Two processes on gloo: gradients are those of one process with the whole batch.
-
-The test starts this very file twice; `main` is what each process runs.
-"""
+"""Two processes on gloo: gradients are those of one process with the whole batch."""
 
 import copy
-import os
-import subprocess
-import sys
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_core.config import LoraConfig, Slices
 from lora_core.injection import inject, trainable_parameters
+from lora_core.testing.processes import run
 
 
 class Net(nn.Module):
@@ -60,8 +54,7 @@ def gradients(model, x):
     return found
 
 
-def main(store, rank, world=2):
-    torch.set_num_threads(1)
+def compare(store, rank, world=2):
     wait = timedelta(seconds=60)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=wait
@@ -80,24 +73,9 @@ def main(store, rank, world=2):
     for module in (model.block, model):
         fully_shard(module)
     check(gradients(model, part))
-    print(f"rank {rank} agrees", flush=True)
     dist.barrier()  # a process that leaves early would break the connection of the other
-    os._exit(0)  # gloo's threads can outlive the group and then abort the interpreter's teardown
 
 
 def test_ddp_and_fsdp2_gradients_equal_those_of_one_process(tmp_path):
-    command = [sys.executable, str(Path(__file__)), str(tmp_path / "store")]
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    processes = [subprocess.Popen([*command, str(rank)], **pipe) for rank in range(2)]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
-        assert process.returncode == 0, output[-3000:]
-        assert f"rank {rank} agrees" in output
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    for process in run(lambda rank: compare(tmp_path / "store", rank)):
+        assert process.status == 0, process.output

@@ -1,11 +1,5 @@
-"""Two processes with sharded parameters (FSDP2, gloo): files hold whole tensors.
+"""Two processes with sharded parameters (FSDP2, gloo): files hold whole tensors."""
 
-The test starts this very file twice; `main` is what each process runs.
-"""
-
-import os
-import subprocess
-import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,6 +14,7 @@ from lora_core.config import LoraConfig, Slices
 from lora_core.errors import CheckpointError
 from lora_core.injection import inject
 from lora_core.testing import disturb
+from lora_core.testing.processes import run
 
 FORMS = ["adapter", "adapter.pt"]
 
@@ -47,8 +42,7 @@ def out(model):
     return model(torch.linspace(-1, 1, 16).reshape(2, 8))
 
 
-def main(folder, rank):
-    torch.set_num_threads(1)
+def write(folder, rank):
     store, wait = f"file://{folder}/store", timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=wait)
     model = adapted()
@@ -66,23 +60,16 @@ def main(folder, rank):
     except CheckpointError as error:
         print(f"rank {rank} was told: {error}", flush=True)
     dist.barrier()
-    os._exit(0)  # gloo's threads can outlive the group and then abort the interpreter's teardown
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
     """What two processes wrote, and what each of them said."""
     folder = tmp_path_factory.mktemp("sharded")
-    command = [sys.executable, str(Path(__file__)), str(folder)]
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    processes = [subprocess.Popen([*command, str(rank)], **pipe) for rank in range(2)]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-3000:]
+    ended = run(lambda rank: write(folder, rank))
+    for process in ended:
+        assert process.status == 0, process.output
+    outputs = [process.output for process in ended]
     return folder, outputs
 
 
@@ -103,7 +90,3 @@ def test_sharded_parameters_are_saved_whole(sharded, form, tmp_path):
 def test_a_failure_of_the_writing_rank_is_raised_on_both(sharded):
     for rank, output in enumerate(sharded[1]):
         assert f"rank {rank} was told: cannot write" in output
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))

@@ -86,6 +86,7 @@ def same_bits(a, b):
     )
 
 
+@pytest.mark.fault("K36")
 @pytest.mark.parametrize("case", CASES)
 def test_merged_output_is_the_adapters(case):
     model = trained(CASES[case])
@@ -97,6 +98,7 @@ def test_merged_output_is_the_adapters(case):
     assert f"merged {len(report.noise)} weights" in str(report)
 
 
+@pytest.mark.fault("K40")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merge_then_unmerge_restores_bits(case, dtype):
@@ -126,6 +128,7 @@ def test_merged_state_dict_is_a_plain_model_and_leaves_the_live_one(case):
     assert all(torch.equal(again[key], value) for key, value in state.items())
 
 
+@pytest.mark.fault("K37")
 def test_bf16_merge_is_the_exact_sum_rounded_once():
     golden = load_golden(GOLDENS / "linear_bf16")
     model = nn.ModuleDict({"lin": nn.Linear(24, 40)}).to(torch.bfloat16)
@@ -164,6 +167,7 @@ def test_rows_between_slices_keep_their_bits():
         assert not torch.equal(state[key][:8], before[key][:8])
 
 
+@pytest.mark.fault("K39")
 def test_active_adapters_are_merged_with_their_scales():
     model = trained(CASES["linear"])
     inject(model, LoraConfig(["qkv", "conv"], r=2), "second")
@@ -202,6 +206,7 @@ def test_a_merged_state_dict_does_not_follow_the_live_model():
 # -- into the original file ------------------------------------------------------------------------
 
 
+@pytest.mark.fault("K42")
 def test_merging_into_the_original_file_keeps_its_names_order_dtypes_and_extras():
     original = {f"module.{key}": value.double() for key, value in Net().state_dict().items()}
     original = {"memory": torch.ones(3, dtype=torch.float16), **original}
@@ -265,6 +270,7 @@ def test_a_base_that_does_not_fit_is_refused():
 # -- accuracy --------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("K37")
 def test_noise_of_a_weak_adapter_in_bf16_is_reported_and_warned_about():
     model = trained(CASES["linear"], size=0.0005).to(torch.bfloat16)
     with pytest.warns(UserWarning, match=r"rounding took a large part .* fp32 base"):
@@ -292,6 +298,7 @@ def test_a_sum_in_fp64_is_possible():
 # -- errors that leave everything as it was --------------------------------------------------------
 
 
+@pytest.mark.fault("K38")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_bad_value_in_the_last_layer_leaves_every_layer_untouched(value):
     model = trained(CASES["linear"])
@@ -317,6 +324,7 @@ def test_a_base_that_is_broken_already_is_told_apart():
         merge(model)
 
 
+@pytest.mark.fault("K37")
 def test_overflow_of_fp16_is_refused():
     model = trained(CASES["linear"]).half()
     with torch.no_grad():
@@ -330,6 +338,7 @@ def test_overflow_of_fp16_is_refused():
     assert_same(model, before)
 
 
+@pytest.mark.fault("K39")
 def test_merging_twice_and_unmerging_what_is_not_merged_are_errors():
     model = trained(CASES["linear"])
     with pytest.raises(ConfigError, match="nothing is merged"):
@@ -355,6 +364,7 @@ def test_nothing_to_merge_is_an_error():
         merge(model)
 
 
+@pytest.mark.fault("K39")
 @pytest.mark.parametrize("case", ["linear", "attention"])
 def test_training_merged_adapters_is_an_error(case):
     model = trained(CASES[case])
@@ -425,6 +435,7 @@ def tied(view):
     return model.eval()
 
 
+@pytest.mark.fault("K41")
 def test_one_parameter_in_two_layers_is_merged_for_both():
     model = tied(view=False)
     expected = model(X)
@@ -440,6 +451,7 @@ def test_one_parameter_in_two_layers_is_merged_for_both():
     assert torch.equal(model(X), expected)
 
 
+@pytest.mark.fault("K41")
 def test_memory_that_an_unadapted_layer_shares_is_refused_unless_untied():
     model = tied(view=True)
     expected, before = model(X), bits(model)
@@ -455,6 +467,7 @@ def test_memory_that_an_unadapted_layer_shares_is_refused_unless_untied():
     assert model.one.weight.data_ptr() == model.two.weight.data_ptr()
 
 
+@pytest.mark.fault("K41")
 def test_a_file_holds_a_shared_weight_once_or_twice():
     model = tied(view=False)
     expected = merged_state_dict(model)
@@ -466,6 +479,7 @@ def test_a_file_holds_a_shared_weight_once_or_twice():
         assert all(torch.equal(state[key], expected[key]) for key in state)
 
 
+@pytest.mark.fault("K41")
 def test_a_module_under_two_names_is_merged_once():
     layer = nn.Linear(6, 6)
     model = nn.Sequential(layer, nn.ReLU(), layer)

@@ -99,6 +99,7 @@ RECORDED = [
 ]
 
 
+@pytest.mark.fault("K34")
 @pytest.mark.parametrize("case", RECORDED)
 def test_files_that_peft_wrote_give_its_outputs(case):
     golden, model = recorded_model(case)
@@ -152,6 +153,7 @@ def test_slices_expanded_by_us_are_the_recorded_expansion(tmp_path):
     assert_close_golden(plain(golden.io["in.x"]), golden.io["out.lora"])
 
 
+@pytest.mark.fault("K39", "K44")
 def test_two_recorded_adapters_on_one_model():
     golden, model = recorded_model("multi_adapter")
     for name in "ab":
@@ -227,6 +229,7 @@ def trained(config):
     return model
 
 
+@pytest.mark.fault("K34")
 @pytest.mark.filterwarnings("error:.*(missing|unexpected).*:UserWarning")
 @pytest.mark.parametrize("case", OURS)
 def test_peft_computes_what_we_saved(case, tmp_path):
@@ -282,6 +285,7 @@ def train_in_peft(settings):
     return model
 
 
+@pytest.mark.fault("K34")
 @pytest.mark.parametrize("case", PEFTS)
 def test_we_compute_what_peft_saved(case, tmp_path):
     theirs = train_in_peft(PEFTS[case])
@@ -295,6 +299,7 @@ def test_we_compute_what_peft_saved(case, tmp_path):
     assert torch.equal(out(again), out(model))
 
 
+@pytest.mark.fault("K34")
 def test_an_adapter_survives_peft_saving_it_again(tmp_path):
     import peft
 

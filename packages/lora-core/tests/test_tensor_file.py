@@ -142,6 +142,7 @@ BAD = {
 }
 
 
+@pytest.mark.fault("H05")
 @pytest.mark.parametrize("fault", BAD)
 def test_bad_safetensors_are_refused(tmp_path, fault):
     (tmp_path / "good").write_bytes(handmade(HEADER))
@@ -151,6 +152,7 @@ def test_bad_safetensors_are_refused(tmp_path, fault):
         read_safetensors(tmp_path / "bad")
 
 
+@pytest.mark.fault("H05")
 def test_every_flipped_header_byte_is_refused_or_harmless(tmp_path):
     data = bytearray(handmade(HEADER))
     for position in range(len(data) - 8):
@@ -178,6 +180,7 @@ def test_damaged_torch_files_are_refused_and_good_ones_read(tmp_path):
             read_torch(tmp_path / "cut.pt")
 
 
+@pytest.mark.fault("H02")
 def test_a_zip_in_a_zip_is_no_checkpoint(tmp_path):
     torch.save(TENSORS, tmp_path / "inner.pt")
     with zipfile.ZipFile(tmp_path / "outer.pt", "w") as archive:
@@ -186,6 +189,7 @@ def test_a_zip_in_a_zip_is_no_checkpoint(tmp_path):
         read_torch(tmp_path / "outer.pt")
 
 
+@pytest.mark.fault("H06")
 def test_a_nested_tensor_larger_than_its_file_is_refused_without_touching_it(tmp_path):
     torch.save({"a": [{"b": torch.zeros(1).expand(10**6, 10**6)}]}, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match=r"\['a'\]\[0\]\['b'\] claims the shape"):

@@ -17,7 +17,7 @@ from sam2_lora.encodings import encode_bitmap
 from sam2_lora.image import preprocess
 from sam2_lora.masks import trim
 from sam2_lora.records import Record, Shape
-from sam2_lora.survey import check, doubles, split_by_name, subset
+from sam2_lora.survey import count, doubles, look, split_by_name, subset
 
 SIZE = (40, 90)
 BOXES = [(5, 5, 25, 15), (30, 10, 60, 35), (70, 2, 85, 38)]
@@ -184,6 +184,7 @@ def test_a_click_for_nothing_keeps_off_small_objects(tmp_path: Path) -> None:
     torch.testing.assert_close(sample.points, torch.tensor([[[9 / 90 * 96, 7 / 40 * 64]]]))
 
 
+@pytest.mark.fault("K11")
 def test_a_sample_is_a_function_of_seed_epoch_and_index(tmp_path: Path) -> None:
     items = tuple(shape(box) for box in BOXES)
     settings = {"hflip": True, "max_objects": 2}
@@ -200,6 +201,7 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index(tmp_path: Path) -> None:
     assert train[0].seed != train[1].seed
 
 
+@pytest.mark.fault("R16")
 @pytest.mark.parametrize("persistent", [False, True])
 def test_workers_give_the_same_batches_in_every_epoch(tmp_path: Path, persistent: bool) -> None:
     items = tuple(shape(box) for box in BOXES)
@@ -229,6 +231,7 @@ def test_cached_features_replace_the_picture(tmp_path: Path) -> None:
     assert batch["features"]["image_embed"][:, 0, 0].tolist() == [0, 1]
 
 
+@pytest.mark.fault("D05")
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1)])
 @pytest.mark.parametrize("prompts", ["point", "box"])
 def test_extreme_pictures_are_samples_too(tmp_path: Path, size: tuple, prompts: str) -> None:
@@ -301,13 +304,13 @@ def test_small_objects_are_left_out_and_counted(tmp_path: Path) -> None:
     found = records(
         tmp_path, (shape((0, 0, 3, 5)), shape((20, 0, 24, 4))), (shape((0, 0, 1, 1)),), ()
     )
-    counts = check(found, config())
+    counts = count(look(record, config()) for record in found)
     assert (counts.pictures, counts.empty, counts.small) == (3, 1, 2)
     assert counts.objects == {"rust": 1}
     pictures = list(EvalSet(found, config()))
     assert [len(record.objects) for record in pictures] == [1, 0, 0]
     assert [len(record.small) for record in pictures] == [1, 1, 0]
-    assert check(found, config(min_object_area=0)).objects == {"rust": 3}
+    assert count(look(record, config(min_object_area=0)) for record in found).objects == {"rust": 3}
 
 
 def test_evaluation_pictures_keep_their_size(tmp_path: Path) -> None:
@@ -343,6 +346,7 @@ def test_both_sides_get_a_picture(count: int, share: float) -> None:
     assert len(train) + len(val) == count
 
 
+@pytest.mark.fault("D09")
 def test_a_single_picture_is_on_both_sides() -> None:
     assert [len(side) for side in split_by_name(named(1), 0.1)] == [1, 1]
 
@@ -353,6 +357,7 @@ def test_smaller_subsets_lie_in_larger_ones() -> None:
     assert small < large
 
 
+@pytest.mark.fault("D10")
 def test_doubled_pictures_are_found_by_their_bytes(tmp_path: Path) -> None:
     found = records(tmp_path / "a", (), (), ())
     others = records(tmp_path / "b", (), ())
@@ -385,6 +390,7 @@ def test_a_data_set_is_loaded_and_described(tmp_path: Path) -> None:
     assert isinstance(found.train[0], Sample)
 
 
+@pytest.mark.fault("H32")
 def test_class_names_cannot_steer_the_terminal(tmp_path: Path) -> None:
     root = severstal(tmp_path, {"train_split": [BOXES[:1]], "val_split": [BOXES[:1]]})
     for path in root.rglob("*.json"):
@@ -432,6 +438,7 @@ def test_subsets_replace_the_training_split(tmp_path: Path) -> None:
         load(config(root, dataset_size="1000"))
 
 
+@pytest.mark.fault("D10")
 def test_pictures_in_two_splits_are_remarked_on(tmp_path: Path) -> None:
     root = severstal(tmp_path, {"train_split": [BOXES] * 2, "val_split": [BOXES]})
     inside = root / "train_split" / "img" / "p000.png"
@@ -447,6 +454,7 @@ def test_one_picture_is_enough_and_remarked_on(tmp_path: Path) -> None:
     assert "in train too" in str(found)
 
 
+@pytest.mark.fault("D01")
 def test_faults_of_all_splits_are_reported_together(tmp_path: Path) -> None:
     root = severstal(tmp_path, {"train_split": [BOXES] * 2, "val_split": [BOXES]})
     (root / "train_split" / "img" / "p000.png").write_bytes(b"")

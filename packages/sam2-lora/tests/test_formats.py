@@ -10,11 +10,12 @@ from PIL import Image
 
 from lora_core.errors import DataError
 from sam2_lora.config import Config, MaskKind
+from sam2_lora.data import load
 from sam2_lora.encodings import encode_bitmap, encode_runs
 from sam2_lora.formats import find, read
 from sam2_lora.masks import trim
 from sam2_lora.records import Reading
-from sam2_lora.survey import check
+from sam2_lora.survey import look_at
 
 SIZE = (20, 50)
 
@@ -39,13 +40,22 @@ def object_of(mask: np.ndarray, label: str = "rust"):
 def reading(root: Path, data_format: str = "auto", mask_kind: MaskKind = "auto") -> Reading:
     """All splits as one reading."""
     kind, sources = find(root, data_format)
-    total = Reading()
+    total = Reading(root)
     for source in sources.values():
         part = read(source, kind, root, mask_kind)
-        total.records += part.records
-        total.problems += part.problems
-        total.notes += part.notes
+        total.records += part.good()
+        total.add(part)
     return total
+
+
+def wrong(found: Reading) -> list[str]:
+    """All problems, of the whole and of samples."""
+    return [*found.problems, *(reason for _, reason in found.bad)]
+
+
+def stop(found: Reading) -> None:
+    if problems := wrong(found):
+        raise DataError("\n".join(problems))
 
 
 def keys(found: Reading) -> list[str]:
@@ -104,7 +114,7 @@ def test_only_pairs_are_used_and_the_rest_is_counted(tmp_path: Path) -> None:
     annotate(tmp_path, "lost.jpg", [])
     found = reading(tmp_path)
     assert keys(found) == ["img/a.jpg"]
-    assert found.problems == []
+    assert wrong(found) == []
     assert sorted(found.notes.values()) == [1, 2]
 
 
@@ -133,7 +143,7 @@ def test_rectangles_outside_are_empty(tmp_path: Path, corners: list) -> None:
     box = {"geometryType": "rectangle", "classTitle": "x", "points": {"exterior": corners}}
     annotate(tmp_path, "a.jpg", [box])
     found = reading(tmp_path)
-    assert found.problems == []
+    assert wrong(found) == []
     assert found.records[0].objects == []
 
 
@@ -159,7 +169,15 @@ def test_rectangles_outside_are_empty(tmp_path: Path, corners: list) -> None:
                 "geometryType": "rectangle",
                 "points": {"exterior": [[1, 2], [3, float("nan")]]},
             },
-            "expected two corners",
+            "is nan, expected a finite number",
+        ),
+        (
+            {
+                "classTitle": "x",
+                "geometryType": "polygon",
+                "points": {"exterior": [[1, 2], [3, 4], [5, 9]], "interior": 3},
+            },
+            "points.interior '3', expected a list",
         ),
     ],
 )
@@ -167,12 +185,13 @@ def test_bad_supervisely_objects_are_named(tmp_path: Path, item: object, reason:
     picture(tmp_path / "img" / "a.jpg")
     annotate(tmp_path, "a.jpg", [bitmap(mask_of(0, 0, 3, 3)), item])
     found = reading(tmp_path)
-    assert len(found.problems) == 1
-    with pytest.raises(DataError, match=rf"a\.jpg\.json: object 2: .*{reason}"):
-        raise DataError(found.problems[0])
-    assert len(found.records[0].objects) == 1
+    assert len(wrong(found)) == 1
+    with pytest.raises(DataError, match=rf"a\.jpg\.json: (object 2: .*|objects\[1\].*){reason}"):
+        raise DataError(wrong(found)[0])
+    assert found.records == []  # not with the other object alone
 
 
+@pytest.mark.fault("D11")
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -182,7 +201,7 @@ def test_bad_supervisely_objects_are_named(tmp_path: Path, item: object, reason:
         (b"[]", 'the list "objects"'),
         (b'{"objects": null}', 'the list "objects"'),
         (b'{"objects": [], "size": {"height": 20}}', "expected height and width"),
-        ("{}".encode("utf-16"), "not UTF-8 text"),
+        ("{}".encode("utf-16"), "UTF-16 text: save it as UTF-8"),
         (b"\x1f\x8b\x08\x00", "gzip"),
         (b"[" * 100_000, "nested too deeply"),
     ],
@@ -192,9 +211,10 @@ def test_broken_annotation_files_are_named(tmp_path: Path, content: bytes, reaso
     annotate(tmp_path, "a.jpg", [])
     (tmp_path / "ann" / "a.jpg.json").write_bytes(content)
     with pytest.raises(DataError, match=reason):
-        reading(tmp_path).stop_if_wrong("data")
+        stop(reading(tmp_path))
 
 
+@pytest.mark.fault("D11")
 def test_a_byte_order_mark_is_fine(tmp_path: Path) -> None:
     picture(tmp_path / "img" / "a.jpg")
     annotate(tmp_path, "a.jpg", [])
@@ -202,6 +222,7 @@ def test_a_byte_order_mark_is_fine(tmp_path: Path) -> None:
     assert keys(reading(tmp_path)) == ["img/a.jpg"]
 
 
+@pytest.mark.fault("D03")
 def test_sizes_must_agree_and_likely_reasons_are_named(tmp_path: Path) -> None:
     picture(tmp_path / "img" / "a.jpg")
     annotate(tmp_path, "a.jpg", [], size=(50, 20))
@@ -214,26 +235,33 @@ def test_sizes_must_agree_and_likely_reasons_are_named(tmp_path: Path) -> None:
     found = reading(tmp_path)
     assert keys(found) == ["img/c.jpg"]
     assert found.records[0].size == (50, 20)
-    swapped, turned = found.problems
+    swapped, turned = wrong(found)
     assert "20 x 50 pixels (width x height), but 50 x 20 in the picture" in swapped
     assert "width and height seem to be swapped" in swapped
     assert "EXIF orientation" in turned
 
 
+@pytest.mark.fault("D01", "D02")
 def test_faults_are_reported_together_with_their_number(tmp_path: Path) -> None:
     for number in range(25):
         annotate(tmp_path, f"{number:02}.jpg", [])
         (tmp_path / "img").mkdir(exist_ok=True)
         (tmp_path / "img" / f"{number:02}.jpg").write_bytes(b"")
+    (tmp_path / "train").mkdir()
+    for name in ("img", "ann"):
+        (tmp_path / name).rename(tmp_path / "train" / name)
     with pytest.raises(DataError) as caught:
-        reading(tmp_path).stop_if_wrong("the set")
+        load(Config(data_root=str(tmp_path), image_size="64"))
     lines = str(caught.value).splitlines()
-    assert lines[0] == "the set: 25 problems"
-    assert len(lines) == 22
+    assert lines[0] == f"{tmp_path}: 25 problems"
     assert lines[1].endswith("00.jpg: the file is empty")
-    assert lines[-1] == "... and 5 more"
+    assert lines[21] == "... and 5 more"
+    assert lines[22:] == [
+        "mend or remove them, or leave the 25 samples out with --on_bad_sample skip"
+    ]
 
 
+@pytest.mark.fault("H16")
 def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
     outside = picture(tmp_path / "secret.jpg")
     picture(tmp_path / "data" / "img" / "a.jpg")
@@ -243,8 +271,8 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
         annotate(tmp_path / "data", name, [])
     found = reading(tmp_path / "data")
     assert keys(found) == ["img/a.jpg", "img/c.jpg"]
-    assert len(found.problems) == 1
-    assert "b.jpg: a link that leads out of" in found.problems[0]
+    assert len(wrong(found)) == 1
+    assert "b.jpg: a link that leads out of" in wrong(found)[0]
 
 
 def test_a_linked_folder_is_fine(tmp_path: Path) -> None:
@@ -286,6 +314,7 @@ def test_both_kaggle_forms_are_read_alike(tmp_path: Path) -> None:
         assert with_.merged
 
 
+@pytest.mark.fault("D13", "D16")
 def test_bad_kaggle_rows_are_named_by_number(tmp_path: Path) -> None:
     rows = [
         "ImageId,ClassId,EncodedPixels",
@@ -296,14 +325,14 @@ def test_bad_kaggle_rows_are_named_by_number(tmp_path: Path) -> None:
         ",1,3 4",
     ]
     kaggle(tmp_path, rows, ["a.jpg"])
-    problems = reading(tmp_path).problems
+    problems = wrong(reading(tmp_path))
     assert len(problems) == 4
     for problem, text in zip(
         problems,
         [
+            "row 5: repeats row 2",
             "row 3: no picture 'b.jpg'",
             "row 4: the picture's name",
-            "row 5: repeats row 2",
             "row 6: the",
         ],
         strict=True,
@@ -323,7 +352,7 @@ def test_run_lengths_are_checked_with_their_row(tmp_path: Path) -> None:
 def test_another_header_is_shown(tmp_path: Path) -> None:
     kaggle(tmp_path, ["image,rle"], ["a.jpg"])
     with pytest.raises(DataError, match="row 1 is 'image,rle', expected ImageId,ClassId"):
-        reading(tmp_path).stop_if_wrong("data")
+        stop(reading(tmp_path))
 
 
 # -- pictures and masks ----------------------------------------------------------------------------
@@ -359,9 +388,11 @@ def test_masks_of_unsaid_kind_are_one_problem_and_damaged_ones_as_many_as_there_
         mask = tmp_path / "cut" / "masks" / f"{name}.png"
         mask.write_bytes(mask.read_bytes()[:-30])
     found = reading(tmp_path / "cut")
-    assert len([*found.problems, *check(found.records, Config()).problems]) == 2
+    _, bad = look_at({"train": found.records}, Config(data_root=str(tmp_path / "cut")))
+    assert len([*wrong(found), *bad]) == 2
 
 
+@pytest.mark.fault("D26")
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [("instances", ["object", "object"]), ("labels", ["class_2", "class_5"])],
@@ -370,12 +401,13 @@ def test_other_masks_need_their_kind_said(tmp_path: Path, kind: MaskKind, expect
     values = mask_of(1, 2, 5, 6) * np.uint8(2) + mask_of(9, 9, 12, 12) * np.uint8(5)
     folders(tmp_path, {"a": values})
     with pytest.raises(DataError, match=r"a\.png: mask values 0, 2, 5, .*--mask_kind instances"):
-        reading(tmp_path).stop_if_wrong("data")
+        stop(reading(tmp_path))
     (record,) = reading(tmp_path, mask_kind=kind).records
     assert [item.label for item in record.objects] == expected
     assert record.merged == (kind == "labels")
 
 
+@pytest.mark.fault("D26")
 def test_jpeg_masks_are_refused(tmp_path: Path) -> None:
     noisy = mask_of(1, 2, 30, 16).astype(np.uint8) * 255
     folders(tmp_path, {"a": noisy}, ".jpg")
@@ -386,10 +418,11 @@ def test_jpeg_masks_are_refused(tmp_path: Path) -> None:
 
 def reading_or_raise(root: Path, kind: MaskKind) -> list:
     found = reading(root, mask_kind=kind)
-    found.stop_if_wrong("data")
+    stop(found)
     return found.records
 
 
+@pytest.mark.fault("D25")
 def test_missing_other_and_wrongly_sized_masks_are_all_named(tmp_path: Path) -> None:
     values = mask_of(1, 2, 5, 6).astype(np.uint8)
     folders(tmp_path, {"good": values, "small": values, "left_01": values})
@@ -397,17 +430,18 @@ def test_missing_other_and_wrongly_sized_masks_are_all_named(tmp_path: Path) -> 
     (tmp_path / "masks" / "left_01.png").rename(tmp_path / "masks" / "left_1.png")
     found = reading(tmp_path)
     assert keys(found) == ["images/good.jpg"]
-    missing, size, unused = found.problems
+    missing, size, unused = wrong(found)
     assert "left_01.jpg: no mask left_01.png" in missing
     assert "did you mean 'left_1'?" in missing
     assert "small.png: 50 x 10 pixels" in size
     assert "left_1.png: no picture left_1" in unused
 
 
+@pytest.mark.fault("D13")
 def test_two_pictures_of_one_name_are_refused(tmp_path: Path) -> None:
     folders(tmp_path, {"a": mask_of(1, 2, 5, 6).astype(np.uint8)})
     picture(tmp_path / "images" / "a.png")
-    assert any("a.jpg has the same name" in problem for problem in reading(tmp_path).problems)
+    assert any("a.jpg has the same name" in problem for problem in wrong(reading(tmp_path)))
 
 
 def test_other_files_are_counted(tmp_path: Path) -> None:
@@ -415,7 +449,7 @@ def test_other_files_are_counted(tmp_path: Path) -> None:
     (tmp_path / "images" / "notes.txt").write_text("x")
     (tmp_path / "images" / ".DS_Store").write_text("x")
     found = reading(tmp_path)
-    assert found.problems == []
+    assert wrong(found) == []
     assert list(found.notes.values()) == [1]
 
 
@@ -440,13 +474,15 @@ def test_two_formats_ask_for_one(tmp_path: Path) -> None:
     assert find(tmp_path, "folders")[0] == "folders"
 
 
+@pytest.mark.fault("D28")
 @pytest.mark.parametrize(("have", "miss"), [("img", "ann"), ("ann", "img")])
 def test_half_a_split_is_named(tmp_path: Path, have: str, miss: str) -> None:
     (tmp_path / "train_split" / have).mkdir(parents=True)
     with pytest.raises(DataError, match=f"train_split/{miss}: no such folder"):
-        reading(tmp_path).stop_if_wrong("data")
+        stop(reading(tmp_path))
 
 
+@pytest.mark.fault("R33")
 def test_records_can_be_sent_to_worker_processes(tmp_path: Path) -> None:
     import pickle
 

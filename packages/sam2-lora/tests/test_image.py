@@ -78,6 +78,7 @@ def saved(tmp_path: Path, picture: Image.Image, name: str = "x.png", **options: 
     return tmp_path / name
 
 
+@pytest.mark.fault("D04")
 def test_greys_of_every_depth_become_the_same_rgb(tmp_path: Path) -> None:
     grey = np.array([[0, 128, 255]], dtype=np.uint8)
     expected = np.repeat(grey[..., None], 3, axis=2)
@@ -96,6 +97,7 @@ def test_floats_outside_0_to_1_are_refused(tmp_path: Path) -> None:
         read_image(path)
 
 
+@pytest.mark.fault("D04")
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
 def test_transparent_pixels_become_white(tmp_path: Path, mode: str) -> None:
     picture = Image.new("RGBA", (2, 1), (10, 10, 10, 255))
@@ -112,12 +114,14 @@ def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
     assert (read_image(path) == 255).all()
 
 
+@pytest.mark.fault("D04")
 def test_the_first_frame_of_several_is_read(tmp_path: Path) -> None:
     first, second = Image.new("L", (3, 2), 50), Image.new("L", (3, 2), 200)
     path = saved(tmp_path, first, "x.tif", save_all=True, append_images=[second])
     assert (read_image(path) == 50).all()
 
 
+@pytest.mark.fault("D03")
 def test_exif_orientation_turns_picture_mask_and_size_alike(tmp_path: Path) -> None:
     values = np.arange(6, dtype=np.uint8).reshape(2, 3)
     exif = Image.Exif()
@@ -191,6 +195,7 @@ def test_a_cut_off_picture_is_refused(tmp_path: Path) -> None:
         read_image(path)
 
 
+@pytest.mark.fault("D07")
 def test_pipes_and_folders_are_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "folder.jpg").mkdir()
@@ -199,6 +204,7 @@ def test_pipes_and_folders_are_not_opened(tmp_path: Path) -> None:
             read_size(tmp_path / name)
 
 
+@pytest.mark.fault("D06", "H20")
 def test_bombs_are_refused_from_the_header(tmp_path: Path) -> None:
     side = int(MAX_PIXELS**0.5) + 10
     path = saved(tmp_path, Image.new("1", (side, side)))
@@ -207,6 +213,7 @@ def test_bombs_are_refused_from_the_header(tmp_path: Path) -> None:
         read_image(path)
 
 
+@pytest.mark.fault("H20")
 def test_a_format_that_starts_programs_is_not_read(tmp_path: Path) -> None:
     path = saved(tmp_path, Image.new("RGB", (2, 2)), "x.eps")
     with pytest.raises(DataError, match="not a picture in a format"):

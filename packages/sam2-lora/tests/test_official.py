@@ -191,10 +191,11 @@ class Canary:
         return os.mkdir, ("canary",)
 
 
+@pytest.mark.fault("H01")
 def test_code_in_a_pickle_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"model": {"a": torch.zeros(1)}, "args": Canary()}, "evil.pt")
-    with pytest.raises(CheckpointError, match=r"evil\.pt holds an object of class \S*mkdir"):
+    with pytest.raises(CheckpointError, match=r"evil\.pt holds objects of class \S*mkdir"):
         official.read_official("evil.pt")
     assert not Path("canary").exists()
 
@@ -208,6 +209,7 @@ BAD_FILES = {
 }
 
 
+@pytest.mark.fault("C25")
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_what_is_no_checkpoint_is_named(tmp_path: Path, name: str) -> None:
     content, message = BAD_FILES[name]
@@ -217,6 +219,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path, name: str) -> None:
     assert name in str(error.value)
 
 
+@pytest.mark.fault("C25")
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_every_truncation_is_refused(golden_base: Path, tmp_path: Path, suffix: str) -> None:
     tensors = official.read_official(golden_base).tensors
@@ -235,6 +238,7 @@ def test_a_missing_published_file_says_where_to_get_it(tmp_path: Path) -> None:
     assert "/072824/sam2_hiera_large.pt" in str(error.value)
 
 
+@pytest.mark.fault("C26")
 def test_weights_of_another_size_than_the_config_list_names_and_counts(
     golden_base: Path, tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
@@ -252,6 +256,7 @@ def test_weights_of_another_size_than_the_config_list_names_and_counts(
     assert "the tensors look like hiera_tiny" in text
 
 
+@pytest.mark.fault("C26")
 def test_missing_and_unexpected_tensors_are_named(golden_base: Path, tmp_path: Path) -> None:
     tensors = official.read_official(golden_base).tensors
     del tensors["sam_mask_decoder.conv_s0.bias"]
@@ -264,6 +269,7 @@ def test_missing_and_unexpected_tensors_are_named(golden_base: Path, tmp_path: P
     assert "1 unexpected: sam_mask_decoder.hq_token.weight" in str(error.value)
 
 
+@pytest.mark.fault("C27")
 def test_another_model_matches_nothing(tmp_path: Path) -> None:
     torch.save({"model": {"layer.weight": torch.zeros(2)}}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match="0 of 1 tensors matched"):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ from PIL import Image
 
 from lora_core.config import parse
 from lora_core.errors import CheckpointError
-from sam2_lora import demo
+from sam2_lora import data, demo, losses, metrics, model
 from sam2_lora.artifacts import find_run, plain
 from sam2_lora.config import Config
 from sam2_lora.predictor import Predictor
@@ -195,16 +198,211 @@ def test_a_resumed_run_ends_with_the_same_bits(
     assert [{**row, "seconds": ""} for row in rows(tmp_path / "copy")] == before
 
 
+@pytest.mark.fault("K13")
 def test_resuming_a_finished_run_changes_nothing(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = run_folder(finished)
-    before = {path: path.read_bytes() for path in folder.glob("*.torch")}
-    log = rows(finished)
-    assert main(["--resume", str(folder)]) == 0
+    def content() -> dict[Path, tuple[bytes, int]]:
+        files = [path for path in finished.rglob("*") if path.is_file()]
+        return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+    before = content()
+    assert main(["--resume", str(run_folder(finished))]) == 0
     assert "already finished" in capsys.readouterr().out
-    assert {path: path.read_bytes() for path in folder.glob("*.torch")} == before
-    assert rows(finished) == log
+    assert content() == before
+
+
+def unfinished(finished: Path, folder: Path) -> Path:
+    """A copy of the run's output as a kill after step 3 had left it; gives the run's folder."""
+    shutil.copytree(finished, folder)
+    run = run_folder(folder)
+    shutil.rmtree(run / "state" / "checkpoint-6")
+    for path in (*run.glob("*step6*"), run / "training_summary.json"):
+        path.unlink()
+    return run
+
+
+@pytest.mark.fault("K15")
+def test_a_resume_with_other_settings_is_refused_with_then_and_now(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = unfinished(finished, tmp_path / "copy")
+    changes = {
+        "lora_rank": ("8", "4"),
+        "lora_alpha": ("16", "32"),
+        "targets": ("default", "decoder"),
+        "seed": ("42", "7"),
+        "prompts": ("mixed", "box"),
+        "max_objects": ("8", "1"),
+        "image_size": ("128", "64"),
+    }
+    argv = [word for name, (_, now) in changes.items() for word in (f"--{name}", now)]
+    assert main(["--resume", str(run), "--learning_rate", "1e-5", *argv]) == 2
+    error = capsys.readouterr().err
+    assert "the run cannot be continued, these have changed" in error
+    table = {line.split()[0]: tuple(line.split()[1:]) for line in error.splitlines() if line}
+    assert changes.items() <= table.items()
+    assert "learning_rate" not in table
+    assert "Traceback" not in error
+    assert not (run / "training_summary.json").exists()
+
+
+@pytest.mark.fault("K15")
+def test_a_resume_on_other_pictures_is_refused(
+    finished: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = unfinished(finished, tmp_path / "copy")
+    shutil.copytree(pictures, tmp_path / "data")
+    mask = tmp_path / "data" / "train" / "masks" / "0.png"
+    ids = np.asarray(Image.open(mask)).copy()
+    ids[:40, :40] = 0
+    Image.fromarray(ids).save(mask)
+    logs = ["--logs_dir", str(tmp_path / "copy" / "logs")]
+    assert main(["--resume", str(run), "--data_root", str(tmp_path / "data"), *logs]) == 2
+    error = capsys.readouterr().err
+    assert "training data" in error
+    assert "the run cannot be continued" in error
+
+
+@pytest.mark.fault("K15", "K51", "K56")
+def test_a_resume_may_change_what_does_not_make_another_run(
+    finished: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where things are: the run, the pictures, and the base were moved."""
+    run = unfinished(finished, tmp_path / "a copy")
+    shutil.copytree(pictures, tmp_path / "other place")
+    argv = ["--resume", str(run), "--data_root", str(tmp_path / "other place")]
+    argv += ["--logs_dir", str(tmp_path / "a copy" / "logs"), "--learning_rate", "1e-5"]
+    assert main([*argv, "--log_steps", "1", "--num_workers", "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("changed for the rest of the run: ") == 1
+    assert "learning_rate 0.001 -> 1e-05" in out
+    assert [row["step"] for row in rows(tmp_path / "a copy") if row["split"] == "train"] == [
+        "2", "4", "5", "6",
+    ]  # fmt: skip
+
+
+@pytest.mark.fault("K04")
+def test_a_named_file_is_continued_exactly_and_a_run_from_its_last_whole_state(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished, tmp_path / "copy")
+    run = run_folder(tmp_path / "copy")
+    (run / "training_summary.json").unlink()
+    broken = run / "state" / "checkpoint-6" / "state.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-1])
+    logs = ["--logs_dir", str(tmp_path / "copy" / "logs")]
+    assert main(["--resume", str(run / "latest_lora_step6.torch"), *logs]) == 2
+    error = capsys.readouterr().err
+    assert "checkpoint-6 is damaged: state.safetensors" in error
+    assert "Traceback" not in error
+    assert main(["--resume", str(run), *logs]) == 0
+    out = capsys.readouterr().out
+    assert "checkpoint-6 is damaged" in out
+    assert "continuing at step 3" in out
+    whole = tensors(run_folder(finished) / "final_lora_step6.torch")
+    again = tensors(run / "final_lora_step6.torch")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+# -- what goes wrong on the way --------------------------------------------------------------------
+
+
+def disturb(monkeypatch: pytest.MonkeyPatch, at: int, what: object) -> None:
+    """Change the loss of this batch, counted from 1, or do something while it is computed."""
+    original = losses.loss
+    calls = iter(range(1, 10**9))
+
+    def loss(net: object, batch: object, cfg: object) -> object:
+        value, parts = original(net, batch, cfg)
+        if net.training and next(calls) == at:
+            value = what(value)
+        return value, parts
+
+    monkeypatch.setattr(losses, "loss", loss)
+
+
+@pytest.mark.fault("K23", "K24")
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_run_that_a_signal_stops_says_how_it_goes_on_and_ends_with_the_same_bits(
+    finished: Path,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    name: str,
+    status: int,
+) -> None:
+    def send(value: object) -> object:
+        os.kill(os.getpid(), getattr(signal, name))
+        return value
+
+    argv = command(
+        pictures, tmp_path, steps=6, eval_steps=3, batch_size=2, correction_clicks=1,
+        gradient_accumulation_steps=2, lora_dropout=0.1, tensorboard=False,
+    )  # fmt: skip
+    with monkeypatch.context() as patch:
+        disturb(patch, 6, send)  # in the fourth update: three batches make an epoch, in two updates
+        assert main(argv) == status
+    run = run_folder(tmp_path)
+    error = capfd.readouterr().err
+    assert (
+        f"stopped by {name} after step 4 of 6; saved in {run / 'state' / 'checkpoint-4'}" in error
+    )
+    assert f"continue with: sam2-lora train --resume {run}" in error
+    assert "Traceback" not in error
+    assert (run / "latest_lora_step4.torch").is_file()
+    assert not (run / "training_summary.json").exists()
+    assert main(["--resume", str(run), "--logs_dir", str(tmp_path / "logs")]) == 0
+    whole = tensors(run_folder(finished) / "final_lora_step6.torch")
+    again = tensors(run / "final_lora_step6.torch")
+    assert all(torch.equal(whole[each], again[each]) for each in whole)
+    expected = [{**row, "seconds": ""} for row in rows(finished)]
+    assert [{**row, "seconds": ""} for row in rows(tmp_path)] == expected
+
+
+@pytest.mark.fault("R01", "R03")
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_names_the_pictures_and_can_be_left_out(
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    bad: float,
+) -> None:
+    with monkeypatch.context() as patch:
+        disturb(patch, 2, lambda value: value * bad)
+        assert main(command(pictures, tmp_path / "a", steps=3, eval_steps=3)) == 2
+    error = capsys.readouterr().err
+    bundle = run_folder(tmp_path / "a") / "state" / "nonfinite-step2"
+    about = json.loads((bundle / "nonfinite.json").read_text())["about"]
+    (names,) = about["samples"]
+    assert "step 2: the loss is not finite: " in error
+    assert f"samples: {names[0]}" in error
+    assert str(bundle) in error
+    assert "--skip_nonfinite" in error
+    assert "Traceback" not in error
+    assert (bundle / "adapter" / "adapter_config.json").is_file()
+    with monkeypatch.context() as patch:
+        disturb(patch, 2, lambda value: value * bad)
+        argv = command(pictures, tmp_path / "b", steps=3, eval_steps=3, skip_nonfinite=True)
+        assert main(argv) == 0
+    summary = json.loads((run_folder(tmp_path / "b") / "training_summary.json").read_text())
+    assert summary["dropped_updates"] == [2]
+    assert "1 updates were dropped" in capsys.readouterr().out
+
+
+@pytest.mark.fault("R11")
+def test_validation_is_the_same_whatever_was_drawn_before(pictures: Path) -> None:
+    cfg = parse(Config, command(pictures, Path("unused")), prog="t")
+    val = data.load(cfg).val
+    network = model.build(cfg).eval()
+    figures = []
+    for seed in (1, 2):
+        torch.manual_seed(seed), np.random.seed(seed)  # noqa: NPY002
+        figures.append(metrics.evaluate(network, val, cfg))
+    assert figures[0] == figures[1]
+    assert set(figures[0]) >= {"iou", "click3_iou", "box_iou"}
 
 
 def test_a_lone_adapter_cannot_be_resumed_but_can_be_continued(

@@ -4,7 +4,8 @@ A directory holds `adapter_model.safetensors` and `adapter_config.json` as PEFT 
 has no word for (slices, frozen A, facts of the caller) stands as JSON in the safetensors metadata,
 together with a copy of the configuration: that file alone is the whole adapter, so that replacing
 it is atomic. A single file (.pth, .pt, .torch) is one dict {format, config, metadata, tensors} of
-tensors and plain values. The same adapter gives the same bytes.
+tensors and plain values. Both hold a SHA-256 of all their content, since neither container notices
+a flipped bit, and a digest of the base. The same adapter gives the same bytes.
 """
 
 from __future__ import annotations
@@ -14,56 +15,35 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
-from lora_core import adapter_layout
-from lora_core.adapter_match import Match, match
-from lora_core.errors import CheckpointError, ConfigError
-from lora_core.injection import full_tensors, inject, known, lora_layers
-from lora_core.module_names import Rename, clean, file_paths, unwrapped
-from lora_core.tensor_file import (
-    atomic_write,
-    open_checkpoint,
-    plain,
-    read_safetensors,
-    read_torch,
-    safetensors_bytes,
+from lora_core import adapter_layout, adapter_origin
+from lora_core.adapter_match import Match, match, size_limit
+from lora_core.adapter_read import (
+    CONFIG,
+    FORMAT,
+    OWN,
+    PREFIX,
+    README,
+    TENSORS,
+    AdapterFile,
+    digest,
+    read_adapter,
 )
+from lora_core.errors import CheckpointError, ConfigError, listing
+from lora_core.injection import full_tensors, inject, known, lora_layers
+from lora_core.module_names import Rename, file_paths, in_time, unwrapped
+from lora_core.settings import plain as without_secrets
+from lora_core.tensor_file import atomic_write, plain, safetensors_bytes
 
 __all__ = ["AdapterFile", "load_adapter", "read_adapter", "save_adapter"]
 
-FORMAT = 1
 SINGLE_FILES = frozenset({".pth", ".pt", ".torch"})
 OTHER_FILES = frozenset({".safetensors", ".bin", ".ckpt"})  # names of files, yet none we write
-PREFIX = "base_model.model."  # PEFT's name of the base model
-TENSORS, CONFIG, README = "adapter_model.safetensors", "adapter_config.json", "README.md"
-OWN = "lora_core"  # our entry in the metadata
-
-
-@dataclass
-class AdapterFile:
-    """What an adapter file holds.
-
-    Attributes:
-        path: where it was read.
-        config: the fields of PEFT's `adapter_config.json`; empty for a bare dict of tensors.
-        tensors: `<module>.lora_A.weight` and so on -> tensor on the CPU; modules as the file
-            names them, without PEFT's prefix.
-        metadata: the facts that `save_adapter` was given.
-        extra: what only lora_core writes: `layers` (module -> rank, alpha, slices),
-            `lora_dropout`, `freeze_A`; empty for files of others.
-    """
-
-    path: Path
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-    metadata: dict[str, Any] = field(default_factory=dict)
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 # -- writing -----------------------------------------------------------------------------------
@@ -107,17 +87,21 @@ def save_adapter(
     for key, value in full_tensors(model, name).items():
         tensors[adapter_layout.full_file_key(model, key, paths, layers)] = value
     tensors = {key: plain(value) for key, value in tensors.items()}
-    record = _record(
-        adapter_layout.adapter_config(model, name, layers, paths),
-        adapter_layout.extra(model, name, layers, paths),
-        metadata or {},
-    )
+    specs = {live: layer.lora_adapters[name] for live, layer in layers.items()}
+    extra = adapter_layout.extra(model, name, layers, paths) | {
+        "base": adapter_origin.base_print(model, specs, paths),
+        "made": adapter_origin.versions(),
+    }
+    config = adapter_layout.adapter_config(model, name, layers, paths)
+    record = _record(config, extra, metadata or {})
+    record["extra"]["sha256"] = digest(record, tensors)
 
     def write() -> None:
         if path.suffix in SINGLE_FILES:
             _write_single(path, tensors, record)
         else:
-            _write_folder(path, tensors, record, adapter_layout.notes(model, name, layers))
+            notes = adapter_layout.notes(model, name, layers)
+            _write_folder(path, tensors, record, adapter_origin.card(record, tensors, notes))
 
     if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
         _on_rank_zero(write)
@@ -148,12 +132,14 @@ def _gathered(layer: nn.Module) -> Iterator[None]:
 def _on_rank_zero(write: Callable[[], None]) -> None:
     """Let rank 0 write; every rank returns when it is done, or raises what went wrong there."""
     failure: list[str | None] = [None]
-    if distributed.get_rank() == 0:
-        try:
+    try:
+        if distributed.get_rank() == 0:
             write()
-        except CheckpointError as error:
-            failure = [str(error)]
-    distributed.broadcast_object_list(failure, src=0)
+    except Exception as error:  # of any kind: the others must not wait for ever
+        failure = [str(error) or type(error).__name__]
+        raise
+    finally:
+        distributed.broadcast_object_list(failure, src=0)
     if failure[0] is not None:
         raise CheckpointError(failure[0])
 
@@ -164,9 +150,10 @@ def _record(
     """Everything but the tensors, as JSON would give it back."""
     record = {"format": FORMAT, "config": config, "extra": extra, "metadata": dict(metadata)}
     try:
-        return dict(_interned(json.loads(json.dumps(record, sort_keys=True))))
+        record = json.loads(json.dumps(record, sort_keys=True))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"metadata must be plain values that JSON can hold: {error}") from error
+    return dict(_interned({**record, "metadata": without_secrets(record["metadata"])}))
 
 
 def _interned(value: Any) -> Any:
@@ -190,7 +177,7 @@ def _write_single(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]
 
 
 def _write_folder(
-    path: Path, tensors: dict[str, Tensor], record: dict[str, Any], notes: list[str]
+    path: Path, tensors: dict[str, Tensor], record: dict[str, Any], card: str
 ) -> None:
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"cannot write {path.absolute()}: a file has this name")
@@ -200,120 +187,14 @@ def _write_folder(
     old = path / CONFIG
     # The tensors' file has its own copy of the configuration. So no configuration for a moment is
     # harmless, while the old one beside new tensors would be another adapter.
-    if old.exists() and old.read_bytes() != config:
-        old.unlink()
-    for name, content in ((TENSORS, data), (CONFIG, config)):
+    try:
+        if old.exists() and old.read_bytes() != config:
+            old.unlink()
+    except OSError as error:
+        raise CheckpointError(f"cannot replace {old.absolute()}: {error.strerror}") from error
+    for name, content in ((TENSORS, data), (CONFIG, config), (README, card.encode())):
         with atomic_write(path / name) as file:
             file.write(content)
-    if notes:
-        with atomic_write(path / README) as file:
-            file.write("\n\n".join(["# LoRA adapter written by lora_core", *notes, ""]).encode())
-
-
-# -- reading -----------------------------------------------------------------------------------
-
-
-def read_adapter(path: str | Path) -> AdapterFile:
-    """Read an adapter without a model: a PEFT directory, a single file, or a bare dict of tensors.
-
-    Nothing in the file is executed.
-
-    Raises:
-        CheckpointError: missing, damaged, of a later program, or no adapter.
-    """
-    path = Path(path)
-    if path.is_dir() or path.suffix == ".safetensors":
-        return _read_folder(path)
-    content = read_torch(path)
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not an adapter")
-    if {"format", "config", "tensors"} <= content.keys():
-        _check_format(path, content["format"])
-        config, metadata = content["config"], content.get("metadata", {})
-        _check_types(path, config=config, metadata=metadata, tensors=content["tensors"])
-        extra = config.pop(OWN, {})
-        _check_types(path, extra=extra, layers=extra.get("layers", {}))
-        return AdapterFile(path, config, _tensors(path, content["tensors"]), metadata, extra)
-    return AdapterFile(path, {}, _tensors(path, content))
-
-
-def _read_folder(path: Path) -> AdapterFile:
-    folder, weights = (path, path / TENSORS) if path.is_dir() else (path.parent, path)
-    if not weights.exists() and (folder / "adapter_model.bin").exists():  # older PEFT
-        tensors, record = read_torch(folder / "adapter_model.bin"), None
-        _check_types(path, tensors=tensors)
-    elif not weights.exists():
-        held = ", ".join(sorted(entry.name for entry in folder.glob("*"))[:8]) or "nothing"
-        raise CheckpointError(f"{path.absolute()} is no adapter: no {TENSORS} in it, but {held}")
-    else:
-        tensors, metadata = read_safetensors(weights)
-        record = _parse(weights, metadata[OWN]) if OWN in metadata else None
-    config = _read_config(folder / CONFIG)
-    if record is None:
-        if config is None and path.is_dir():
-            raise CheckpointError(
-                f"{folder / CONFIG} is missing: without it the scale of the adapter is unknown"
-            )
-        return AdapterFile(path, config or {}, _tensors(path, tensors))
-    _check_format(weights, record.get("format"))
-    _check_types(weights, **{k: record.get(k) for k in ("config", "extra", "metadata")})
-    extra = record["extra"]
-    _check_types(weights, layers=extra.get("layers", {}))
-    if config is not None and config != record["config"]:
-        changed = [
-            k for k in {*config, *record["config"]} if config.get(k) != record["config"].get(k)
-        ]
-        warnings.warn(
-            f"{folder / CONFIG} was changed after saving ({', '.join(sorted(changed))}): it is "
-            "loaded as it says now, without what only lora_core knew (slices, frozen A)",
-            stacklevel=4,
-        )
-        extra = {}
-    config = config or record["config"]
-    return AdapterFile(path, config, _tensors(path, tensors), record["metadata"], extra)
-
-
-def _read_config(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    with open_checkpoint(path) as file:
-        return _parse(path, file.read())
-
-
-def _parse(path: Path, text: str | bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its settings are no valid JSON: {error}") from error
-    _check_types(path, settings=value)
-    return dict(value)
-
-
-def _check_types(path: Path, **parts: Any) -> None:
-    for name, value in parts.items():
-        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-            raise CheckpointError(f"{path}: {name} is no dictionary with names as keys")
-
-
-def _check_format(path: Path, version: Any) -> None:
-    if not isinstance(version, int) or version < 1:
-        raise CheckpointError(f"{path}: format {version!r} is none of lora_core's")
-    if version > FORMAT:
-        raise CheckpointError(
-            f"{path} was written as format {version}, this program reads up to {FORMAT}: update "
-            "lora-core"
-        )
-
-
-def _tensors(path: Path, tensors: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """The tensors without PEFT's prefix and the traces of wrappers."""
-    wrong = [key for key, value in tensors.items() if not isinstance(value, Tensor)]
-    if wrong or not all(isinstance(key, str) for key in tensors):
-        some = ", ".join(f"{key!r} ({type(tensors[key]).__name__})" for key in wrong[:5])
-        raise CheckpointError(f"{path} is no adapter: expected tensors by name, found {some}")
-    if not tensors:
-        raise CheckpointError(f"{path} holds no tensors at all")
-    return {clean(key.removeprefix(PREFIX)): value for key, value in tensors.items()}
 
 
 # -- loading -----------------------------------------------------------------------------------
@@ -321,11 +202,12 @@ def _tensors(path: Path, tensors: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 def load_adapter(
     model: nn.Module,
-    path: str | Path,
+    path: str | Path | AdapterFile,
     name: str = "default",
     trainable: bool = True,
     rename: Rename | None = None,
     lora_alpha: float | None = None,
+    allow_partial: bool = False,
 ) -> AdapterFile:
     """Put a saved adapter, ours or PEFT's, on a model, in place, and make it the active one.
 
@@ -335,22 +217,31 @@ def load_adapter(
     which train stays as it is. Everything is checked before the model is touched.
 
     Args:
+        path: the file, or what `read_adapter` read from it.
         trainable: False for a new adapter that is only used.
         rename: as for `save_adapter`. A file whose names are the model's own is taken as well.
         lora_alpha: for a bare dict of tensors, which does not have it.
+        allow_partial: where tensors are missing, or belong to no module, load the layers that are
+            complete, with one warning that lists the rest.
 
     Raises:
         CheckpointError: a file that is unusable or does not fit this model; the message has the
-            keys, the nearest names, and what to do.
+            keys, the nearest names, and what to do. On another base than it was trained on there
+            is a warning.
     """
-    model, file = unwrapped(model), read_adapter(path)
+    model = unwrapped(model)
+    file = path if isinstance(path, AdapterFile) else read_adapter(path, size_limit(model))
+    path = file.path
     merged = [live for live, layer in lora_layers(model).items() if layer.lora_merged]
     if merged:
         raise CheckpointError(
             f"cannot load {path}: the model has merged adapters (in {merged[0]} and so on). Call "
             "unmerge(model) first"
         )
-    found = match(file, model, _names(model, file, rename), lora_alpha)
+    paths = _names(model, file, rename)
+    with in_time(f"the names in {file.path}", CheckpointError):
+        found = match(file, model, paths, lora_alpha, allow_partial)
+    _warn(file, model, paths, found)
     if name in getattr(model, "_lora_configs", {}):
         _check_same(path, model, name, found)
     else:
@@ -373,6 +264,23 @@ def _names(model: nn.Module, file: AdapterFile, rename: Rename | None) -> dict[s
     renamed = file_paths(model, rename)
     used = {key.partition(".lora_")[0] for key in file.tensors}
     return max(renamed, own, key=lambda paths: len(used & set(paths.values())))
+
+
+def _warn(file: AdapterFile, model: nn.Module, paths: Mapping[str, str], found: Match) -> None:
+    """Say what of a file is not used, and that its base was another one."""
+    if found.gaps:
+        warnings.warn(
+            f"{file.path} is loaded in part, on {len(found.plan)} layers:\n{listing(found.gaps)}",
+            stacklevel=3,
+        )
+        return
+    trained, here = file.extra.get("base"), adapter_origin.base_print(model, found.plan, paths)
+    if trained is not None and here is not None and trained != here:
+        warnings.warn(
+            f"{file.path} was trained on another base: the weights under it differ from this "
+            "model's. It will not act as in its training; load it on its own base",
+            stacklevel=3,
+        )
 
 
 def _check_same(path: str | Path, model: nn.Module, name: str, found: Match) -> None:

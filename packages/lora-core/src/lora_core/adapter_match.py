@@ -23,7 +23,7 @@ from lora_core.module_names import is_target, join
 from lora_core.targets import resolve
 
 if TYPE_CHECKING:
-    from lora_core.adapter_file import AdapterFile
+    from lora_core.adapter_read import AdapterFile
 
 _FACTOR = re.compile(
     r"(?:(?P<path>.+)\.)?(?P<part>lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))"
@@ -39,22 +39,34 @@ class Match:
         config: settings to adapt the model with. plan: live path -> what its adapter will be.
         factors: live path -> `lora_A.weight` and so on -> value.
         full: state-dict key -> value of what was trained in full.
+        gaps: what is missing in the file or belongs nowhere; empty unless that is allowed.
     """
 
     config: LoraConfig
     plan: placement.Plan
     factors: dict[str, dict[str, Tensor]]
     full: dict[str, Tensor]
+    gaps: list[str]
+
+
+def size_limit(model: nn.Module) -> int:
+    """Bytes that no file of an adapter of this model needs: checked before anything is read."""
+    return 2**26 + 64 * sum(parameter.numel() for parameter in model.parameters())
 
 
 def match(
-    file: AdapterFile, model: nn.Module, paths: Mapping[str, str], lora_alpha: float | None
+    file: AdapterFile,
+    model: nn.Module,
+    paths: Mapping[str, str],
+    lora_alpha: float | None,
+    allow_partial: bool = False,
 ) -> Match:
     """Lay a file over a model.
 
     Args:
         paths: live path -> path in the file, for every module of the model.
         lora_alpha: for a file without configuration.
+        allow_partial: use the complete layers where tensors are missing or belong nowhere.
 
     Raises:
         CheckpointError: anything that does not fit, with the file, the keys, the nearest names and
@@ -65,7 +77,7 @@ def match(
     owners = {file_prefix(model, live, paths): live for live in paths}
     owners |= {path: live for live, path in paths.items()}  # `attn.out_proj` of other programs
     known = by_file.keys() & owners.keys()
-    problems = [
+    gaps = [
         f"{path}: no such module in the model; {near(path, owners)}".rstrip("; ")
         for path in by_file
         if path not in known
@@ -73,41 +85,69 @@ def match(
     if not known:
         raise CheckpointError(
             f"{file.path}: 0 of {len(file.tensors)} adapter tensors match this model. It is the "
-            f"adapter of another model, or modules were renamed\n{listing(problems, 5)}"
+            f"adapter of another model, or modules were renamed: load it on its own\n"
+            f"{listing(gaps, 5)}"
         )
     factors = {owners[path]: by_file[path] for path in known}
-    if len(factors) < len(known):
-        problems.append("two names in the file are one module of the model")
-    problems += _missing_layers(file, model, paths, set(factors)) + _bad_values(file)
+    problems = ["two names in the file are one module"] if len(factors) < len(known) else []
+    gaps += _missing_layers(file, model, paths, set(factors))
+    problems += _bad_values(file)
     problems += [
         f"{path}: {type(model.get_submodule(owners[path])).__name__} cannot take an adapter"
         for path in known
         if kind_of(model.get_submodule(owners[path])) is None
     ]
-    _refuse(file, problems)
+    _refuse(file, problems, gaps, allow_partial)
+    config, plan = _placed(file, model, paths, factors, lora_alpha)
+    problems = [
+        f"{paths[live]}: its weight is also that of another layer in the file; a shared weight has "
+        "one adapter"
+        for live in factors.keys() - plan.keys()
+    ]
+    incomplete, more = _incomplete(model, paths, plan, factors)
+    gaps += more
+    problems += _bad_shapes(model, paths, plan, factors)
+    full, more, wrong = _full_tensors(file, model, paths, plan, config, rest)
+    gaps += more
+    _refuse(file, problems + wrong, gaps, allow_partial)
+    if incomplete:
+        factors = {live: tensors for live, tensors in factors.items() if live not in incomplete}
+        if not factors:
+            raise CheckpointError(f"{file.path}: no layer is complete\n{listing(gaps)}")
+        config, plan = _placed(file, model, paths, factors, lora_alpha)
+    for live, spec in plan.items():
+        expected = file_shapes(spec, model.get_submodule(live))
+        factors[live] = {suffix: factors[live][suffix] for suffix in expected}
+    return Match(config, plan, factors, full, sorted(gaps))
+
+
+def _placed(
+    file: AdapterFile,
+    model: nn.Module,
+    paths: Mapping[str, str],
+    factors: Mapping[str, Mapping[str, Tensor]],
+    lora_alpha: float | None,
+) -> tuple[LoraConfig, placement.Plan]:
     facts = {
         live: layer_settings(file, model, live, paths, factors[live], lora_alpha)
         for live in factors
     }
     config = lora_config(file, model, paths, facts)
     try:
-        plan = placement.plan(model, resolve(model, config), config)
+        return config, placement.plan(model, resolve(model, config), config)
     except ConfigError as error:
         raise CheckpointError(f"{file.path} does not fit this model: {error}") from error
-    problems = [
-        f"{paths[live]}: its weight is also that of another layer in the file; a shared weight has "
-        "one adapter"
-        for live in factors.keys() - plan.keys()
-    ]
-    problems += _bad_factors(model, paths, plan, factors)
-    full, more = _full_tensors(file, model, paths, plan, config, rest)
-    _refuse(file, problems + more)
-    return Match(config, plan, factors, full)
 
 
-def _refuse(file: AdapterFile, problems: list[str]) -> None:
+def _refuse(file: AdapterFile, problems: list[str], gaps: list[str], allow_partial: bool) -> None:
+    """Report what cannot be used; gaps alone can be, on request."""
+    found = sorted(problems) + ([] if allow_partial else sorted(gaps))
+    if not found:
+        return
+    way_out = "\nTo use the layers that fit all the same: allow_partial=True (--allow_partial)"
     if problems:
-        raise CheckpointError(f"{file.path} does not fit this model:\n{listing(problems)}")
+        way_out = "\nLoad it on the model that it was trained on, or use an earlier adapter"
+    raise CheckpointError(f"{file.path} does not fit this model:\n{listing(found)}{way_out}")
 
 
 def split_key(key: str) -> tuple[str, str] | None:
@@ -189,22 +229,40 @@ def _bad_values(file: AdapterFile) -> list[str]:
     return problems
 
 
-def _bad_factors(
+def _incomplete(
+    model: nn.Module,
+    paths: Mapping[str, str],
+    plan: placement.Plan,
+    factors: Mapping[str, Mapping[str, Tensor]],
+) -> tuple[set[str], list[str]]:
+    """Layers of which tensors are missing; what is missing or unexpected in all of them."""
+    incomplete, gaps = set(), []
+    for live, spec in plan.items():
+        prefix = file_prefix(model, live, paths)
+        expected = file_shapes(spec, model.get_submodule(live))
+        missing = expected.keys() - factors[live].keys()
+        if missing:
+            incomplete.add(live)
+        gaps += [f"{join(prefix, suffix)} is missing" for suffix in missing]
+        gaps += [
+            f"{join(prefix, suffix)} is unexpected: the configuration asks for "
+            + ", ".join(expected)
+            for suffix in factors[live].keys() - expected.keys()
+        ]
+    return incomplete, gaps
+
+
+def _bad_shapes(
     model: nn.Module,
     paths: Mapping[str, str],
     plan: placement.Plan,
     factors: Mapping[str, Mapping[str, Tensor]],
 ) -> list[str]:
-    """Missing, unexpected and mis-shaped tensors of the layers."""
+    """Mis-shaped tensors of the layers, and values where the slices have none."""
     problems = []
     for live, spec in plan.items():
         prefix, tensors = file_prefix(model, live, paths), factors[live]
         expected = file_shapes(spec, model.get_submodule(live))
-        problems += [f"{join(prefix, s)} is missing" for s in expected.keys() - tensors.keys()]
-        problems += [
-            f"{join(prefix, s)} is unexpected: the configuration asks for {', '.join(expected)}"
-            for s in tensors.keys() - expected.keys()
-        ]
         wrong = [s for s in expected.keys() & tensors.keys() if tensors[s].shape != expected[s]]
         problems += [
             f"{join(prefix, s)} has shape {tuple(tensors[s].shape)}; rank {spec.file_rank[0]} on "
@@ -213,7 +271,7 @@ def _bad_factors(
         ]
         if spec.rows is not None and expected.keys() == tensors.keys() and not wrong:
             problems += _outside_slices(prefix, spec.r, spec.rows, tensors)
-    return sorted(problems)
+    return problems
 
 
 def _outside_slices(
@@ -237,8 +295,8 @@ def _full_tensors(
     plan: placement.Plan,
     config: LoraConfig,
     rest: Mapping[str, Tensor],
-) -> tuple[dict[str, Tensor], list[str]]:
-    """(state-dict key -> value, problems)."""
+) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """(state-dict key -> value, what is missing or unexpected, wrong shapes)."""
     state = model.state_dict()
     expected = {
         full_file_key(model, key, paths, plan): key for key in full_keys(model, config, plan)
@@ -246,13 +304,16 @@ def _full_tensors(
     if not file.extra:  # PEFT leaves out in_proj_bias, and keeps copies of the base's values
         rest = {key: t for key, t in rest.items() if ".original_module." not in f".{key}"}
         expected = {k: v for k, v in expected.items() if k in rest or "in_proj_bias" not in k}
-    problems = [f"{key} is missing" for key in expected.keys() - rest.keys()]
+    gaps = [f"{key} is missing" for key in expected.keys() - rest.keys()]
+    problems = []
     for key in rest.keys() - expected.keys():
         hint = near(key, expected)
-        problems.append(f"{key} is unexpected: nothing of this name was trained in full; {hint}")
+        gaps.append(
+            f"{key} is unexpected: nothing of this name was trained in full; {hint}".rstrip("; ")
+        )
     for key in expected.keys() & rest.keys():
         shape = tuple(state[expected[key]].shape)
         if tuple(rest[key].shape) != shape:
             problems.append(f"{key} has shape {tuple(rest[key].shape)}, this model needs {shape}")
     found = {live: rest[key] for key, live in expected.items() if key in rest}
-    return found, sorted(problem.rstrip("; ") for problem in problems)
+    return found, gaps, problems

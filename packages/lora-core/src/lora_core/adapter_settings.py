@@ -15,7 +15,7 @@ from lora_core.errors import CheckpointError
 from lora_core.module_names import exactly, first_match, join, only
 
 if TYPE_CHECKING:
-    from lora_core.adapter_file import AdapterFile
+    from lora_core.adapter_read import AdapterFile
 
 Facts = dict[str, Any]  # of one layer: rank, alpha, slices; see adapter_layout.layer_facts
 
@@ -48,8 +48,7 @@ def check_settings(file: AdapterFile, lora_alpha: float | None) -> None:
     Raises:
         CheckpointError: naming the file, the field, and the version that wrote it.
     """
-    config = file.config
-    wrote = f" (written by PEFT {config.get('peft_version', 'of unknown version')})"
+    config, wrote = file.config, written_by(file)
     if not config:
         if lora_alpha is None:
             raise CheckpointError(
@@ -63,16 +62,22 @@ def check_settings(file: AdapterFile, lora_alpha: float | None) -> None:
         )
     if config.get("peft_type") != "LORA":
         kind = config.get("peft_type")
-        raise CheckpointError(f"{file.path} is an adapter of type {kind!r}, expected 'LORA'{wrote}")
+        raise CheckpointError(
+            f"{file.path} is an adapter of type {kind!r}{wrote}, expected 'LORA': only LoRA can be "
+            "loaded here"
+        )
     for name in ("r", "lora_alpha"):
         if name not in config:
-            raise CheckpointError(f"{file.path}: its configuration has no {name}{wrote}")
+            raise CheckpointError(
+                f"{file.path}: its configuration has no {name}{wrote}: copy its files again"
+            )
     for name, one_will_do in _PATTERNS.items():
         _check_patterns(file, name, one_will_do)
     beyond = [key for key, value in config.items() if value and key not in _UNDERSTOOD]
     if beyond:
         raise CheckpointError(
-            f"{file.path} uses {', '.join(sorted(beyond))}, which lora_core does not know{wrote}"
+            f"{file.path} uses {', '.join(sorted(beyond))}{wrote}, which lora_core does not know: "
+            "update lora-core, or save the adapter without it"
         )
     if config.get("init_lora_weights", True) not in _HARMLESS_INITS:
         raise CheckpointError(
@@ -80,6 +85,14 @@ def check_settings(file: AdapterFile, lora_alpha: float | None) -> None:
             "was trained on. Convert it with PEFT's "
             "save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
+
+
+def written_by(file: AdapterFile) -> str:
+    """The program that wrote a file, as the end of a sentence."""
+    made = file.extra.get("made")
+    if isinstance(made, dict) and "lora-core" in made:
+        return f" (written by lora-core {made['lora-core']})"
+    return f" (written by PEFT {file.config.get('peft_version', 'of unknown version')})"
 
 
 def _check_patterns(file: AdapterFile, name: str, one_will_do: bool) -> None:
@@ -167,7 +180,9 @@ def lora_config(
             freeze_A=file.extra.get("freeze_A", False),
         )
     except (ValueError, TypeError) as error:  # ConfigError is a ValueError
-        raise CheckpointError(f"{file.path}: unusable configuration: {error}") from error
+        raise CheckpointError(
+            f"{file.path}: unusable configuration{written_by(file)}: {error}"
+        ) from error
 
 
 def _slices(module: nn.Module, facts: Facts) -> Slices:

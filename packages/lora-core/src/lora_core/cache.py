@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.errors import CheckpointError
+from lora_core.report import say
 from lora_core.tensor_file import atomic_write, plain, safetensors_bytes
 
 DIGEST = hashlib.sha256().digest_size
@@ -84,13 +85,18 @@ class FeatureCache:
         except OSError:  # never written, evicted by another process, or nowhere to be read from
             return None
         if hashlib.sha256(memoryview(data)[DIGEST:]).digest() != data[:DIGEST]:
-            self.healed += 1
-            path.unlink(missing_ok=True)
+            self._heal(path)
             return None
-        with contextlib.suppress(FileNotFoundError):  # evicted meanwhile: what was read is good
+        with contextlib.suppress(OSError):  # evicted meanwhile, or of another user: it is good
             os.utime(path)  # the time of last use
         tensors: dict[str, Tensor] = safetensors.torch.load(data[DIGEST:])
         return tensors
+
+    def _heal(self, path: Path) -> None:
+        self.healed += 1
+        if self.healed == 1:
+            say(f"{path.absolute()} is damaged: it is computed again, and so are others like it")
+        _delete(path)
 
     def _write(
         self, path: Path, tensors: Mapping[str, Tensor], key_parts: Mapping[str, str]
@@ -120,7 +126,7 @@ class FeatureCache:
         entries = []
         for path in self.folder.glob("*/.*.tmp"):
             if _age(path) > STALE:
-                path.unlink(missing_ok=True)
+                _delete(path)
         for path in self.folder.glob("*/*.features"):
             try:
                 status = path.stat()
@@ -133,9 +139,15 @@ class FeatureCache:
                 if total <= self.max_bytes * 15 // 16:
                     break
                 if path != keep:
-                    path.unlink(missing_ok=True)
+                    _delete(path)
                     total -= size
         self._total, self._unseen = total, 0
+
+
+def _delete(path: Path) -> None:
+    """Delete a file unless it is gone already, or belongs to another user."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _age(path: Path) -> float:

@@ -1,212 +1,361 @@
 """Training checkpoints: everything that an exact continuation needs, and nothing of the base.
 
-`run/checkpoint-<step>/` holds `adapter/` (for people and PEFT), `state.pt` (one dict of tensors
-and plain values, readable with `weights_only=True`) and transformers' `trainer_state.json`.
-Tensors are kept by parameter name, so that nothing lands in another parameter unnoticed.
+`run/checkpoint-<step>/` holds `adapter/` (for people and PEFT), `state.safetensors` (all tensors),
+`state.json` (all else), transformers' `trainer_state.json`, and `manifest.json`, written last. A
+checkpoint is made in a hidden, private sibling, flushed to the disk, and then renamed: whenever the
+process or the machine dies, the checkpoints before are untouched, and the new one is there whole or
+not at all. Nothing is deleted but what this module made; links are never followed.
 """
 
 from __future__ import annotations
 
 import os
-import random
-import re
-import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-import torch
-from torch import nn
-from torch.optim import Optimizer
+from lora_core.checkpoint_folders import (
+    LEFT,
+    MARK,
+    NAME,
+    NEW,
+    OLD,
+    aside,
+    delete,
+    empty,
+    folder,
+    hidden,
+    is_ours,
+    publish,
+    workspace,
+)
+from lora_core.checkpoint_manifest import FORMAT, MANIFEST, Damaged, trust, verify
+from lora_core.checkpoint_manifest import read as read_manifest
+from lora_core.checkpoint_manifest import write as write_manifest
+from lora_core.checkpoint_state import (
+    from_json,
+    load_optimizer_state,
+    load_schedule,
+    load_tensors,
+    optimizer_state,
+    pack,
+    random_state,
+    set_random_state,
+    tensors,
+    to_json,
+    unpack,
+)
+from lora_core.errors import CheckpointError, ConfigError
+from lora_core.report import say
+from lora_core.run_lock import InUse, hold, lock
+from lora_core.tensor_file import (
+    read_safetensors,
+    read_torch,
+    remove_partial,
+    safetensors_bytes,
+    sync_folder,
+)
 
-from lora_core.errors import CheckpointError, listing
+__all__ = [
+    "clean",
+    "folder",
+    "latest",
+    "load",
+    "load_optimizer_state",
+    "load_schedule",
+    "load_tensors",
+    "lock",
+    "manifest",
+    "optimizer_state",
+    "prune",
+    "random_state",
+    "save",
+    "set_aside",
+    "set_random_state",
+    "steps",
+    "tensors",
+]
 
-FORMAT = 1
-STATE = "state.pt"
-_NAME = re.compile(r"checkpoint-(\d+)")
+VALUES, TENSORS = "state.json", "state.safetensors"
+FORMAT_1 = "state.pt"  # the whole state, where format 1 had it
 
 
-def folder(run: str | Path, step: int) -> Path:
-    """Name the checkpoint of `step` in the folder of a run."""
-    return Path(run) / f"checkpoint-{step}"
+# -- finding ---------------------------------------------------------------------------------------
 
 
 def steps(run: str | Path) -> list[int]:
-    """List the steps of the checkpoints in a run's folder, in the order of their numbers."""
-    if not Path(run).is_dir():
-        return []
-    found = [
-        int(match.group(1))
-        for path in Path(run).iterdir()
-        if (match := _NAME.fullmatch(path.name)) and not path.is_symlink()
-        if (path / STATE).is_file()
-    ]
-    return sorted(found)
+    """List the steps of the checkpoints in a run's folder in ascending order, as they say."""
+    return sorted({step for step, _ in _found(run)})
 
 
 def latest(run: str | Path) -> Path:
-    """Give the checkpoint with the highest step.
+    """Give the checkpoint with the highest step, by what its manifest says, that is whole.
+
+    First it puts right what a killed process left. Every damaged one is said and left out.
 
     Raises:
-        CheckpointError: the run has none.
+        CheckpointError: there is none; or one was written by a later program, which may be newer
+            than those that can be read.
     """
-    found = steps(run)
-    if not found:
-        raise CheckpointError(f"{Path(run).absolute()} holds no training checkpoint to resume")
-    return folder(run, found[-1])
+    clean(run)
+    found = sorted(_found(run), reverse=True)
+    for _, path in found:
+        try:
+            _check(path)
+        except Damaged as error:
+            say(f"left out: {error}")
+        else:
+            return path
+    if found:
+        raise CheckpointError(
+            f"{Path(run).absolute()}: none of its {len(found)} training checkpoints is whole. "
+            "Start anew, or continue with the weights of an adapter file"
+        )
+    raise CheckpointError(f"{Path(run).absolute()} holds no training checkpoint to resume")
+
+
+def _found(run: str | Path) -> Iterator[tuple[int, Path]]:
+    """Every folder named as a checkpoint that looks like ours, with its step."""
+    for path in Path(run).iterdir() if Path(run).is_dir() else ():
+        match = NAME.fullmatch(path.name)
+        if not match or path.is_symlink() or not path.is_dir():
+            continue
+        if any((path / name).is_file() for name in (MANIFEST, VALUES, FORMAT_1)):
+            try:
+                yield read_manifest(path)["step"], path
+            except CheckpointError:  # whoever loads it gets the reason
+                yield int(match[1]), path
+
+
+def manifest(path: str | Path) -> dict[str, Any]:
+    """Read what a checkpoint says about itself, without reading its tensors.
+
+    Returns:
+        format, step, versions, config, fingerprints, world, files; of format 1, which had no
+        manifest, format and step only, and the rest empty.
+
+    Raises:
+        CheckpointError: no checkpoint, a damaged one, or one of a later program.
+    """
+    path = Path(path)
+    if _is_format_1(path):
+        unknown = ("versions", "config", "fingerprints", "world", "files")
+        step = _read_format_1(path)["step"]
+        return {"format": 1, "step": step, **{key: {} for key in unknown}}
+    _insist(path)
+    return read_manifest(path)
+
+
+def _insist(path: Path) -> None:
+    if not path.is_dir() or not any((path / name).exists() for name in (MANIFEST, VALUES, TENSORS)):
+        why = "has no " + MANIFEST if path.is_dir() else "does not exist"
+        raise CheckpointError(f"no training checkpoint: {path.absolute()} {why}")
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read the state of a checkpoint folder, all files checked; tensors come to the CPU.
+
+    Raises:
+        CheckpointError: no checkpoint, a damaged one, or one of a later program.
+    """
+    path = Path(path)
+    if _is_format_1(path):
+        return _read_format_1(path)
+    _insist(path)
+    try:
+        step = _check(path)
+        values = from_json((path / VALUES).read_bytes())
+        store, _ = read_safetensors(path / TENSORS)
+        state = unpack(values, store)
+        return {"format": FORMAT, "step": step, **state}
+    except Damaged as error:
+        raise Damaged(
+            f"{error}\nResume the run itself, which takes its last whole checkpoint, or copy this "
+            "one again"
+        ) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise Damaged(f"{path.absolute()} does not hold a state: {error!r}") from error
+
+
+def _check(path: Path) -> int:
+    """Give the step of a checkpoint, if it is whole."""
+    if _is_format_1(path):
+        return int(_read_format_1(path)["step"])
+    content = verify(path)
+    missing = [name for name in (VALUES, TENSORS) if name not in content["files"]]
+    if missing:
+        raise Damaged(f"{path.absolute()} holds no state: its manifest has no {missing[0]}")
+    return int(content["step"])
+
+
+def _is_format_1(path: Path) -> bool:
+    return (path / FORMAT_1).is_file() and not (path / MANIFEST).exists()
+
+
+def _read_format_1(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of the first format; it had the same state in one file of torch's."""
+    file = path / FORMAT_1
+    try:
+        state = read_torch(file)
+    except CheckpointError as error:
+        raise Damaged(str(error)) from error
+    version = state.get("format") if isinstance(state, dict) else None
+    if type(version) is int and version != 1:
+        raise CheckpointError(
+            f"{file.absolute()} was written by format {version}, this program reads up to {FORMAT}:"
+            " update lora-core"
+        )
+    if type(version) is not int or type(state.get("step")) is not int:
+        raise Damaged(f"{file.absolute()} is no training checkpoint of lora-core")
+    return {**state, "format": FORMAT}
+
+
+# -- writing ---------------------------------------------------------------------------------------
 
 
 def save(
     run: str | Path,
     step: int,
-    state: dict[str, Any],
+    state: Mapping[str, Any],
     fill: Callable[[Path], object],
+    record: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
-    """Write the checkpoint of `step`, complete or not at all.
+    """Write the checkpoint of `step`, complete or not at all; it replaces one of the same step.
 
     Args:
-        state: tensors, plain values, and dicts and lists of them.
+        state: tensors, plain values, and dicts, lists and tuples of them.
         fill: writes the other files into the folder it is given.
+        record: what the manifest says besides: config, fingerprints, world; plain values.
+
+    Raises:
+        CheckpointError: it cannot be written: then `__cause__` is the system's error, what was
+            begun is removed, and the checkpoints before are as they were. Or the state holds
+            something else than tensors and plain values.
     """
     final = folder(run, step)
-    partial = final.with_name(f".{final.name}.{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    fill(partial)
-    torch.save({"format": FORMAT, "step": step, **state}, partial / STATE)
-    shutil.rmtree(final, ignore_errors=True)  # of the same step: from a run that was resumed
-    os.replace(partial, final)
+    try:
+        with workspace(final) as space:
+            new = space / NEW
+            new.mkdir()
+            fill(new)
+            values, store = pack(dict(state))
+            for name, data in (
+                (VALUES, to_json(values)),
+                (TENSORS, safetensors_bytes(store, {"format": "pt"})),
+            ):
+                with open(new / name, "xb") as file:
+                    file.write(data)
+            write_manifest(new, step, record)
+            set_aside(run, step)
+            publish(new, final, space / OLD)
+    except (OSError, RuntimeError, CheckpointError) as error:
+        cause = _system_error(error)
+        if cause is None:
+            raise
+        raise CheckpointError(
+            f"cannot save {final.absolute()}: {cause.strerror or cause}"
+        ) from cause
+    trust(final)
     return final
 
 
-def load(path: str | Path) -> dict[str, Any]:
-    """Read the state of a checkpoint folder; tensors come to the CPU.
+def _system_error(error: Exception) -> OSError | None:
+    """The OSError behind an error; torch.save hides it behind a RuntimeError of its own."""
+    cause = error.__context__ if isinstance(error, RuntimeError) else error.__cause__
+    return next((e for e in (error, cause) if isinstance(e, OSError)), None)
 
-    Raises:
-        CheckpointError: no checkpoint, a damaged one, or one of a later program.
+
+def set_aside(run: str | Path, step: int) -> None:
+    """Rename the checkpoints after `step`: a run that goes on from there makes others.
+
+    Otherwise they would count as its latest. Nothing is deleted.
     """
-    file = Path(path) / STATE
-    if not file.is_file():
-        raise CheckpointError(f"no training checkpoint: {file.absolute()} does not exist")
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # torch raises RuntimeError, EOFError, UnpicklingError and more for damaged files.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"cannot read {file.absolute()}: {reason}") from error
-    version = state.get("format") if isinstance(state, dict) else None
-    if not isinstance(version, int):
-        raise CheckpointError(f"{file.absolute()} is no training checkpoint of lora-core")
-    if version > FORMAT:
-        raise CheckpointError(
-            f"{file.absolute()} was written as format {version}, this program reads up to {FORMAT}:"
-            " update lora-core"
-        )
-    return state
+    for later, path in sorted(_found(run), reverse=True):
+        if later > step:
+            say(f"{path.absolute()} is of another course than step {step}: now {aside(path)}")
+
+
+# -- deleting --------------------------------------------------------------------------------------
 
 
 def prune(run: str | Path, keep_last: int, referenced: Collection[int]) -> None:
-    """Delete all but the last `keep_last` checkpoints and the `referenced` ones."""
-    found = steps(run)
-    for step in found[: max(len(found) - keep_last, 0)]:
-        if step not in referenced:
-            shutil.rmtree(folder(run, step), ignore_errors=True)
+    """Delete the checkpoints before the last `keep_last` whole ones, but not the `referenced`.
+
+    What is not ours stays: other folders, copies under another name, checkpoints of format 1, and
+    those in which somebody put a file.
+
+    Raises:
+        ConfigError: `keep_last` is below 1.
+    """
+    if keep_last < 1:
+        raise ConfigError(f"{keep_last} checkpoints to keep: it must be at least 1")
+    kept, surplus = 0, []
+    for step, path in sorted(_found(run), reverse=True):
+        if kept < keep_last:
+            kept += _is_whole(path)
+        elif step not in referenced and is_ours(path):
+            surplus.append(path)
+    if not surplus:
+        return
+    try:
+        gone = {path: hidden(path, "gone") for path in surplus}
+        for path, place in gone.items():
+            os.rename(path, place)  # at once: no half checkpoint under its name
+        sync_folder(Path(run))
+        for place in gone.values():
+            delete(place)
+    except OSError as error:
+        say(f"cannot delete old checkpoints in {Path(run).absolute()}: {error.strerror}")
 
 
-# -- the parts of a state --------------------------------------------------------------------------
+def clean(run: str | Path) -> None:
+    """Put right what killed processes left in a run's folder.
+
+    A save that was complete but for its name gets it; everything else half-made of ours is deleted.
+    What a process that is alive works on is left alone.
+    """
+    if not Path(run).is_dir():
+        return
+    for path in sorted(Path(run).iterdir()):
+        match = LEFT.fullmatch(path.name)
+        if match and path.is_dir() and not path.is_symlink():
+            with suppress(OSError, InUse):  # a disk that cannot be written can still be read
+                _clean(path, path.with_name(match["final"]), match["kind"])
+    with suppress(OSError):
+        remove_partial(Path(run))
 
 
-def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Collect what training can change: adapters, trained parameters, the buffers beside them."""
-    found: dict[str, torch.Tensor] = {}
-    for path, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        prefix = f"{path}." if path else ""
-        for name, parameter in own.items():
-            if parameter.requires_grad or "lora_" in prefix + name:
-                found[prefix + name] = parameter.detach()
-        if "lora_" in prefix or any(parameter.requires_grad for parameter in own.values()):
-            found |= {prefix + name: b for name, b in module.named_buffers(recurse=False)}
-    return found
+def _clean(left: Path, final: Path, kind: str) -> None:
+    if kind == "gone":
+        delete(left)
+    elif (left / MARK).is_file():
+        with hold(left / MARK):
+            _finish(left, final)
+            empty(left, MARK)
+        left.rmdir()
+    else:
+        left.rmdir()  # killed before it had its mark, or after all was done
 
 
-def load_tensors(model: nn.Module, stored: dict[str, torch.Tensor]) -> None:
-    """Put `stored` back, in place and bit for bit, after checking all names and shapes."""
-    own = tensors(model)
-    faults = [f"{name}: not in the checkpoint" for name in own if name not in stored]
-    faults += [f"{name}: not in this model" for name in stored if name not in own]
-    for name in own.keys() & stored.keys():
-        ours, theirs = tuple(own[name].shape), tuple(stored[name].shape)
-        if ours != theirs:
-            faults.append(f"{name}: shape {theirs} in the checkpoint, {ours} in this model")
-    if faults:
-        raise CheckpointError(
-            "the checkpoint is of a model with other adapters: resume with the settings of its "
-            "run\n" + listing(sorted(faults), 8)
-        )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(stored[name])
+def _finish(space: Path, final: Path) -> None:
+    """End a replacement that was interrupted between its two renames."""
+    for name in (NEW, OLD):
+        if not os.path.lexists(final) and _is_whole(space / name):
+            os.rename(space / name, final)
+            sync_folder(final.parent)
+            say(f"{final.absolute()}: its saving was interrupted at the end and is now complete")
 
 
-def optimizer_state(optimizer: Optimizer, names: dict[int, str]) -> dict[str, Any]:
-    """Give the optimizer's state by parameter name; `names` has them by `id(parameter)`."""
-    state = optimizer.state_dict()["state"]
-    order = [p for group in optimizer.param_groups for p in group["params"]]
-    return {names[id(p)]: state[i] for i, p in enumerate(order) if i in state}
-
-
-def load_optimizer_state(
-    optimizer: Optimizer, names: dict[int, str], stored: dict[str, Any]
-) -> None:
-    """Put back what `optimizer_state` gave; the settings (lr, decay) stay those of this run."""
-    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    if stored and set(order) != set(stored):
-        odd = sorted(set(order) ^ set(stored))
-        raise CheckpointError(
-            "the checkpoint's optimizer trained other parameters\n" + listing(odd, 8)
-        )
-    own = optimizer.state_dict()
-    state = {i: stored[name] for i, name in enumerate(order) if name in stored}
-    optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
-
-
-def load_schedule(schedule: Any, done: int) -> None:
-    """Go to the place after `done` updates; the shape of the schedule stays this run's setting."""
-    rates = [
-        base * factor(done)
-        for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-    ]
-    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    schedule.load_state_dict(
-        {
-            "last_epoch": done,
-            "_step_count": done + 1,
-            "_last_lr": rates,
-            "lr_lambdas": [None] * len(rates),  # functions are not stored: keep this run's
-        }
-    )
-
-
-def random_state() -> dict[str, Any]:
-    """Take the state of every random generator of this process, as plain values and tensors."""
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
-    return {
-        "python": random.getstate(),
-        "numpy": [str(name), [int(key) for key in keys], position, has_gauss, float(gauss)],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
-    }
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Put back what `random_state` took."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+def _is_whole(path: Path) -> bool:
+    try:
+        _check(path)
+    except CheckpointError:
+        return False
+    return True

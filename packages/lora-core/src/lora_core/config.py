@@ -5,7 +5,6 @@ Nothing here imports torch: `--help` and a wrong flag answer at once.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +17,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = ["LoraConfig", "Slices", "dump", "option", "parse"]
+
+
+MAX_FLOAT = 3.4028234e38  # of float32: a larger scale is infinite to the adapters
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class LoraConfig:
         for path, count in self.last_blocks.items():
             if not _is_int(count) or count < 1:
                 raise ConfigError(f"last_blocks[{path!r}] is {count!r}: it must be at least 1")
-        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+        for pattern in (*self.rank_pattern, *self.alpha_pattern, *self.slices):
             _check_regex(pattern)
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout is {self.lora_dropout!r}: it must be 0 <= p < 1")
@@ -131,7 +133,9 @@ def _is_int(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return -MAX_FLOAT <= value <= MAX_FLOAT  # which NaN and infinities are not
 
 
 def _check_rank(name: str, value: Any) -> None:
@@ -149,13 +153,17 @@ def _check_names(name: str, value: Any) -> None:
         _check_regex(value)
     elif not isinstance(value, (list, tuple, set)) or not all(isinstance(v, str) for v in value):
         raise ConfigError(f"{name} is {value!r}: expected a list of names or one regex")
+    else:
+        for entry in value:
+            if entry.startswith("re:"):
+                _check_regex(entry[3:])
 
 
 def _check_regex(pattern: str) -> None:
     try:
         re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"{pattern!r} is no regular expression: {error}") from None
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ConfigError(f"{pattern[:200]!r} is no regular expression: {error}") from None
 
 
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from lora_core.errors import ConfigError, near
+from lora_core.errors import ConfigError, near, printable
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 40
@@ -74,7 +74,11 @@ def read(path: str | Path) -> ConfigFile:
             syntax error, a key that stands twice, a tag, or deep nesting; with line and column.
     """
     path = Path(path)
-    text = _read_text(path)
+    try:
+        text = _read_text(path)
+    except OSError as error:
+        name = printable(str(path.absolute())[:200])
+        raise ConfigError(f"cannot read {name}: {error.strerror}") from None
     if path.suffix.lower() == ".json":
         _check_json(path, text)
         text = text.replace("\t", " ")  # JSON is YAML but for tabs between its tokens
@@ -193,10 +197,7 @@ def _read_text(path: Path) -> str:
         raise ConfigError(f"{tried} is not a file: give a .yaml or .json file of settings")
     if path.stat().st_size > MAX_BYTES:
         raise ConfigError(f"{tried} has more than {MAX_BYTES} bytes: that is no configuration file")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"cannot read {tried}: {error.strerror}") from None
+    data = path.read_bytes()
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -30,10 +30,16 @@ def accept(hint: Any, value: Any, place: str, flag: bool = False) -> Any:
         if flag:
             return parser.parse_args([f"--value={value}"]).value
         return parser.parse_object({"value": value}).value
-    except argparse.ArgumentError:
+    except (argparse.ArgumentError, RecursionError):
         guess = near(value, choices(hint))
-        expected = f"expected {say_type(hint)}, not {value!r}"
+        expected = f"expected {say_type(hint)}, not {shown(value)}"
         raise ConfigError(f"{place}: {expected}{guess and '; ' + guess}") from None
+
+
+def shown(value: Any) -> str:
+    """Quote a value for a message, at most 80 characters of it."""
+    text = repr(value if not isinstance(value, str) else value[:100])
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _as_meant(hint: Any, value: Any, place: str) -> Any:
@@ -60,13 +66,14 @@ def _as_meant(hint: Any, value: Any, place: str) -> Any:
 
 
 def _whole(hint: Any, value: Any) -> Any:
-    """Give 8 for 8.0 and '8.0' where a whole number is expected; 8.5 stays to be refused."""
+    """Give 8 for 8.0, and 10000 for 1e4, where a whole number is expected; 8.5 is to be refused."""
     allowed = kinds(hint)
     if int not in allowed or {float, str} & set(allowed) or isinstance(value, (bool, int)):
         return value
-    if not re.fullmatch(r"[-+]?\d{1,15}\.0*", str(value)):
+    if not re.fullmatch(r"[-+]?\d{1,15}(\.\d{0,15})?(e\+?\d\d?)?", str(value), re.ASCII | re.I):
         return value
-    return int(float(value))
+    number = float(value)
+    return int(number) if number.is_integer() and abs(number) < 1e15 else value
 
 
 def refuse_words(value: Any, place: str) -> None:

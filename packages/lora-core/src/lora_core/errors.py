@@ -1,22 +1,30 @@
 """Errors that a user can fix: one class per cause, a message for people, an exit status.
 
 Exit statuses of every command: 0 done, 2 something the user can fix, 1 a fault of ours (with its
-traceback), 130 stopped by Ctrl-C.
+traceback), 130 stopped by Ctrl-C, 143 stopped by SIGTERM, SIGHUP or SIGUSR1.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import select
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from difflib import SequenceMatcher, get_close_matches
+from typing import TextIO
+
+from lora_core.signals import Stopped, stops_command
 
 
 class UserError(ValueError):
     """Something the user can fix. The message says what, where, what was expected, what to do."""
 
     exit_code = 2
+    told = False  # another process of the run says it
 
 
 class ConfigError(UserError):
@@ -65,7 +73,13 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(text))
 
 
+def one_line(text: object) -> str:
+    """As `printable`, line ends too: the name of a file in a data set could forge a line."""
+    return printable(text).replace("\n", "\\n")
+
+
 last_status: int | None = None  # of the command that `run` ended last
+_warned: set[str] = set()  # what the present command has told already
 
 
 def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
@@ -76,27 +90,78 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
     """
     global last_status
     last_status = None
-    last_status = _status(main, list(sys.argv[1:] if argv is None else argv))
+    if "RANK" in os.environ:  # torch's remarks on connections are stack traces; it reads this once
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    _warned.clear()
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        last_status = _status(main, list(sys.argv[1:] if argv is None else argv))
     return last_status
 
 
 def _status(main: Callable[[list[str]], int | None], words: list[str]) -> int:
     try:
-        status = main([word for word in words if word != "--debug"]) or 0
-        sys.stdout.flush()  # a closed pipe shows here, not in the interpreter's last breath
+        with stops_command():
+            status = main([word for word in words if word != "--debug"]) or 0
+        if sys.stdout is not None:  # None: started with stdout closed
+            sys.stdout.flush()  # a closed pipe shows here, not in the interpreter's last breath
     except UserError as error:
         if "--debug" in words:
             traceback.print_exc()
         rank = os.environ.get("RANK", "0")
         who = "" if rank == "0" else f"[rank {rank}] "
-        sys.stderr.write(f"{who}error: {printable(error)}\n")
+        if not error.told:
+            _tell(f"{who}error: {printable(error)}\n")
         return error.exit_code
+    except Stopped as signal:
+        if os.environ.get("RANK", "0") == "0":
+            _tell(f"{printable(signal)}\n")
+        return signal.status
     except KeyboardInterrupt:
-        sys.stderr.write("\nstopped by Ctrl-C\n")
+        _tell("\nstopped by Ctrl-C\n")
         return 130
-    except BrokenPipeError:  # the reader of stdout left, as `head` does: nobody to tell
+    except BrokenPipeError:
+        if not _reader_left():
+            raise  # it was another pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        _tell(f"error: no possible name of a file: {printable(str(error.filename)[:200])}...\n")
+        return 2
     except SystemExit as stop:  # argparse's way to end `--help`
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return status
+
+
+def _reader_left() -> bool:
+    """Whether the reader of stdout is gone, as `head` is when it has seen enough."""
+    if not hasattr(select, "poll"):
+        return True
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return bool(poll.poll(0))
+
+
+def _tell(text: str) -> None:
+    """Write to stderr; where nobody reads it, the exit status still says enough."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(text)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Show what a user should know as one line, and from one process of a run."""
+    if not issubclass(category, UserWarning):
+        _tell(warnings.formatwarning(message, category, filename, lineno, line))
+    elif os.environ.get("RANK", "0") == "0" and str(message) not in _warned:
+        _warned.add(str(message))
+        _tell(f"warning: {printable(message)}\n")

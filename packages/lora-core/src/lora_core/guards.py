@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from lora_core.errors import ConfigError
+from lora_core.config_types import shown
+from lora_core.errors import ConfigError, listing
 from lora_core.settings import option
 
 GROUP = "guards"
+LARGEST = 2**31 - 1  # of a count: what every library takes
+MOST = {"seed": 2**32 - 1, "num_workers": 1024, "lora_rank": 65536}
 
 
 @dataclass
@@ -41,6 +44,12 @@ class Guards:
         GROUP,
     )
     keep_last: int = option(2, "Training checkpoints kept, besides that of the best.", GROUP)
+    shard_base: bool = option(
+        False,
+        "With several processes: each keeps only its part of the frozen base's large blocks in "
+        "memory (FSDP2); slower, for a base that is too large for one device.",
+        "processes",
+    )
     dry_run: bool = option(
         False,
         "Check settings and data, print parameters, memory and disk use, and write nothing.",
@@ -48,10 +57,22 @@ class Guards:
     )
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.max_bad_fraction) and 0 <= self.max_bad_fraction < 1):
-            raise ConfigError(
-                f"--max_bad_fraction is {self.max_bad_fraction}: it must be 0 <= share < 1"
-            )
+        found = list(self.problems())
+        if found:
+            raise ConfigError(listing(found))
+
+    def problems(self) -> Iterator[str]:
+        """Yield what cannot work, each as one line; a package's `Config` adds its own."""
+        if not 0 <= self.max_bad_fraction < 1:  # which NaN is not
+            yield f"--max_bad_fraction is {self.max_bad_fraction}: it must be 0 <= share < 1"
         for name in ("max_nonfinite", "keep_last"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name} is {getattr(self, name)}: it must be at least 1")
+            yield from count_problem(self, name, 1)
+
+
+def count_problem(config: object, name: str, least: int) -> Iterator[str]:
+    """Yield what is wrong with a whole number that counts something, if anything is."""
+    value, most = getattr(config, name), MOST.get(name, LARGEST)
+    if value < least:
+        yield f"--{name} is {shown(value)}: it must be at least {least}"
+    elif value > most:
+        yield f"--{name} is {shown(value)}: it must be at most {most}"

@@ -17,7 +17,7 @@ from lora_core.full_training import FullTensor
 from lora_core.initialise import module_seed
 from lora_core.layers import AdapterSpec, LoraLayer
 from lora_core.mechanisms import TiedLayer
-from lora_core.module_names import unwrapped
+from lora_core.module_names import in_time, unwrapped
 from lora_core.overview import Summary
 from lora_core.targets import Roles, adaptable_view, resolve, saved_modules
 
@@ -62,8 +62,9 @@ def inject(
     model = unwrapped(model)
     _check_name(model, name)
     _refuse_merged(model, "add an adapter")
-    paths = resolve(model, config, roles)
-    plan = placement.plan(model, paths, config, trainable)
+    with in_time("the names in target_modules, exclude_modules and the patterns of ranks"):
+        paths = resolve(model, config, roles)
+        plan = placement.plan(model, paths, config, trainable)
     _warn_ranks(model, plan)
     keys = full_keys(model, config, plan)
     if not hasattr(model, "_lora_configs"):
@@ -85,13 +86,17 @@ def remove(model: nn.Module, name: str | None = None) -> None:
     """Take one adapter, or all, off the model again.
 
     Without adapters every module is the same object, of its own class, with the same keys and
-    bits as before `inject`, and the same parameters require gradients as then.
+    bits as before `inject`, and the same parameters require gradients as then. After
+    `merge(model, keep=False)` it is the plain model with the merged weights.
 
     Raises:
-        ConfigError: no such adapter, or merged ones: their weights would stay changed.
+        ConfigError: no such adapter, or merged ones whose old weights are kept for `unmerge`.
     """
     model = unwrapped(model)
-    _refuse_merged(model, "remove adapters")
+    if name is None and _merged_for_good(model):
+        _full(model).clear()  # what was trained in full stays, as the merged weights do
+    else:
+        _refuse_merged(model, "remove adapters")
     names = list(configs(model)) if name is None else [known(model, name)]
     for each in names:
         for layer in lora_layers(model).values():
@@ -300,8 +305,19 @@ def _check_name(model: nn.Module, name: str) -> None:
 
 
 def _refuse_merged(model: nn.Module, what: str) -> None:
+    if _merged_for_good(model):
+        raise ConfigError(
+            f"adapters were merged for good (keep=False), so it is too late to {what}: "
+            "remove(model) gives the plain merged model"
+        )
     if any(layer.lora_merged for layer in lora_layers(model).values()):
         raise ConfigError(f"adapters are merged: call unmerge(model) first to {what}")
+
+
+def _merged_for_good(model: nn.Module) -> bool:
+    """Whether adapters are merged and no copy of the old weights is kept."""
+    merged = [layer for layer in lora_layers(model).values() if layer.lora_merged]
+    return bool(merged) and all(layer.lora_kept is None for layer in merged)
 
 
 def _scales(

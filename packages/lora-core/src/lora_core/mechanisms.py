@@ -137,7 +137,7 @@ def kind_of(module: nn.Module) -> Kind | None:
     norms = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
     if weight is None or weight.dim() < 2 or isinstance(module, norms):
         return None
-    if not weight.is_floating_point():  # quantised storage
+    if not weight.is_floating_point() or weight.element_size() < 2:  # quantised storage
         return None
     kinds: list[tuple[Any, Kind]] = [
         (nn.Linear, "linear"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,19 @@ from lora_core.module_names import clean, join, unwrapped
 from lora_core.state_keys import changed_names, keys_of_weights, own_state, refuse_ties
 
 NOISE_LIMIT = 0.1  # share of the adapters' effect that rounding may take without a warning
+UNCHANGED_LIMIT = 0.01  # share of the values that should change and may stay, without a warning
 # How much of a probe's largest output merging may change: some roundings of the weights' dtype.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class _Rounded:
+    """A merged weight in its own dtype, and what rounding did to the adapters' effect on it."""
+
+    tensor: Tensor
+    noise: float
+    touched: int  # values that the exact sum changes
+    unchanged: int  # those of them that rounding left as they were
 
 
 @dataclass(frozen=True)
@@ -32,16 +43,20 @@ class MergeReport:
     Attributes:
         noise: state-dict key -> `|round(W + d) - (W + d)| / |d|` in the Frobenius norm: the share
             of the adapters' effect d that rounding to the weight's dtype replaced by noise.
+        unchanged: share of the values with an effect that rounding left as they were.
         output_error: largest change of the probe's output as a share of its largest value; None
             without a probe.
     """
 
     noise: dict[str, float]
+    unchanged: float = 0.0
     output_error: float | None = None
 
     def __str__(self) -> str:
         key = max(self.noise, key=self.noise.__getitem__)
         text = f"merged {len(self.noise)} weights, rounding noise {self.noise[key]:.1e} at {key}"
+        if self.unchanged:
+            text += f", {self.unchanged:.1%} of the values unchanged by rounding"
         if self.output_error is None:
             return text
         return f"{text}, largest output error {self.output_error:.1e}"
@@ -61,7 +76,8 @@ def merge(
         probe: computes an output of the model; called before and after in evaluation mode, to
             measure and bound what merging changed.
         dtype: of the sum before it is rounded: fp32 or fp64.
-        keep: hold a copy of the old weights in main memory for `unmerge`.
+        keep: hold a copy of the old weights in main memory for `unmerge`. Without it the merge is
+            for good, and `remove(model)` leaves a plain model with the merged weights.
         untie: give a weight that is shared with unadapted layers a storage of its own first.
 
     Raises:
@@ -78,18 +94,16 @@ def merge(
     for path, layer in layers.items():
         own = {name: layer.lora_raw(name) for name in changed_names(layer)}
         plan[path] = _merged(path, layer, layer.lora_active, dtype, own)
-    noise: dict[str, float] = {}
-    for path, (tensors, part) in plan.items():
-        _apply(layers[path], tensors, untie)
-        noise |= {join(clean(path), name): value for name, value in part.items()}
-    report = MergeReport(noise)
+    for path, parts in plan.items():
+        _apply(layers[path], {name: part.tensor for name, part in parts.items()}, untie)
+    report = _report(plan)
     if probe is not None and before is not None:
-        report = MergeReport(noise, _difference(before, _output(model, probe)))
-        _refuse_drift(model, report, plan.values())
+        report = replace(report, output_error=_difference(before, _output(model, probe)))
+        _refuse_drift(model, report, plan)
     if not keep:
         for layer in layers.values():
             layer.lora_kept = None
-    _warn(noise)
+    _warn(report)
     return report
 
 
@@ -150,7 +164,10 @@ def merged_state_dict(
     ]  # values that training may change again
     changed = {in_result(key): own[key].clone() for key in kept}
     keys_by_weight = keys_of_weights(model)
-    noise: dict[str, float] = {}
+    for key, tensor in changed.items():
+        if not tensor.isfinite().all():
+            raise NumericError(f"{key}, trained in full, holds NaN or infinite values")
+    plan: dict[str, dict[str, _Rounded]] = {}
     for path, layer in layers.items():
         adapters = layer.lora_merged or tuple(layer.lora_active)
         places = {}  # a weight that the model has under several keys may have one in the file
@@ -161,14 +178,14 @@ def merged_state_dict(
             tensors = {name: layer.lora_raw(name).detach().clone() for name in places}
         else:
             into = {n: _like(result, keys[0], layer.lora_raw(n)) for n, keys in places.items()}
-            tensors, part = _merged(path, layer, adapters, dtype, into)
-            noise |= {join(clean(path), name): value for name, value in part.items()}
+            plan[path] = _merged(path, layer, adapters, dtype, into)
+            tensors = {name: part.tensor for name, part in plan[path].items()}
         for name, tensor in tensors.items():
             changed |= dict.fromkeys(places[name], tensor)
     for key, tensor in changed.items():
         old = _like(result, key, tensor)
         result[key] = tensor.to(old.device, old.dtype)
-    _warn(noise)
+    _warn(_report(plan))
     return result
 
 
@@ -212,12 +229,10 @@ def _refuse_shards(layers: Mapping[str, LoraLayer]) -> None:
 
 
 def _refuse_drift(
-    model: nn.Module,
-    report: MergeReport,
-    merged: Iterable[tuple[Mapping[str, Tensor], Mapping[str, float]]],
+    model: nn.Module, report: MergeReport, plan: Mapping[str, Mapping[str, _Rounded]]
 ) -> None:
     """Undo the merge if the probe's output changed by more than rounding explains."""
-    dtypes = {tensor.dtype for tensors, _ in merged for tensor in tensors.values()}
+    dtypes = {part.tensor.dtype for parts in plan.values() for part in parts.values()}
     bound = max(TOLERANCE.get(dtype, 0.1) for dtype in dtypes)
     if report.output_error is not None and not report.output_error <= bound:  # NaN counts too
         unmerge(model)
@@ -227,15 +242,35 @@ def _refuse_drift(
         )
 
 
-def _warn(noise: Mapping[str, float]) -> None:
-    loud = {key: value for key, value in noise.items() if value > NOISE_LIMIT}
+def _report(plan: Mapping[str, Mapping[str, _Rounded]]) -> MergeReport:
+    found = {
+        join(clean(path), name): part
+        for path, parts in plan.items()
+        for name, part in parts.items()
+    }
+    touched = sum(part.touched for part in found.values())
+    unchanged = sum(part.unchanged for part in found.values())
+    noise = {key: part.noise for key, part in found.items()}
+    return MergeReport(noise, unchanged / touched if touched else 0.0)
+
+
+def _warn(report: MergeReport) -> None:
+    loud = {key: value for key, value in report.noise.items() if value > NOISE_LIMIT}
+    problems = []
     if loud:
         key = max(loud, key=loud.__getitem__)
-        warnings.warn(
-            f"rounding took a large part of the adapters' effect in {len(loud)} of {len(noise)} "
-            f"merged weights ({loud[key]:.0%} at {key}): merge into an fp32 base to keep it",
-            stacklevel=3,
+        problems.append(
+            f"rounding took a large part of the adapters' effect in {len(loud)} of "
+            f"{len(report.noise)} merged weights ({loud[key]:.0%} at {key})"
         )
+    if report.unchanged > UNCHANGED_LIMIT:
+        problems.append(
+            f"{report.unchanged:.1%} of the values that the adapters change are as before, since "
+            "the change is smaller than the dtype's precision"
+        )
+    if problems:
+        text = "; ".join(problems)
+        warnings.warn(f"{text}: merge into an fp32 base to keep it", stacklevel=3)
 
 
 # Computing
@@ -247,14 +282,13 @@ def _merged(
     adapters: Iterable[str],
     dtype: torch.dtype,
     base: Mapping[str, Tensor],
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """`round(W + sum of c dW)` of one layer, checked, and its noise, by parameter name.
+) -> dict[str, _Rounded]:
+    """`round(W + sum of c dW)` of one layer by parameter name, checked.
 
     `base` has the W by parameter name.
     """
     exact = layer.lora_merged_weights(list(adapters), dtype, base)
-    tensors: dict[str, Tensor] = {}
-    noise: dict[str, float] = {}
+    found: dict[str, _Rounded] = {}
     for name, value in exact.items():
         W = base[name].detach()
         before = W.to(value.device, dtype)
@@ -262,10 +296,13 @@ def _merged(
         _check_finite(join(path, name), before, value, rounded)
         effect = (value - before).double().norm().item()
         error = (rounded.to(dtype) - value).double().norm().item()
+        same = value == before
         # An unchanged weight keeps its very bits: -0 + 0 would give +0.
-        tensors[name] = torch.where(value == before, W.to(value.device), rounded)
-        noise[name] = error / effect if effect else 0.0
-    return tensors, noise
+        tensor = torch.where(same, W.to(value.device), rounded)
+        touched = same.numel() - int(same.sum())
+        unchanged = int(((rounded.to(dtype) == before) & ~same).sum())
+        found[name] = _Rounded(tensor, error / effect if effect else 0.0, touched, unchanged)
+    return found
 
 
 def _check_finite(key: str, before: Tensor, exact: Tensor, rounded: Tensor) -> None:
@@ -338,9 +375,9 @@ def _like(base: Mapping[str, Tensor], key: str, own: Tensor) -> Tensor:
             f"{key} has shape {tuple(found.shape)} in the base checkpoint, "
             f"{tuple(own.shape)} in the model: this is another base"
         )
-    if own.is_floating_point() and not found.is_floating_point():
+    if own.is_floating_point() and not (found.is_floating_point() and found.itemsize > 1):
         raise CheckpointError(
-            f"{key} is quantised ({found.dtype}) in the base checkpoint: merge into a "
-            "full-precision one"
+            f"{key} is quantised ({found.dtype}) in the base checkpoint: merge into the "
+            "full-precision checkpoint that it was made from, and quantise the result"
         )
     return found

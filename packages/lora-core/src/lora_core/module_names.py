@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import nn
 
+from lora_core.errors import ConfigError, UserError
+
 Rename = Callable[[str], str]
 Value = TypeVar("Value")
+
+PATIENCE = 10.0  # seconds; the patterns for thousands of modules take less than one
 
 # Attributes behind which torch.compile, FSDP1 and activation checkpointing put a module.
 _HIDDEN = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -57,6 +64,37 @@ def _is_own(path: str) -> bool:
 def join(path: str, name: str) -> str:
     """`path.name`, for the root `name`."""
     return f"{path}.{name}" if path else name
+
+
+@contextmanager
+def in_time(patterns: str, kind: type[UserError] = ConfigError) -> Iterator[None]:
+    """End the matching of expressions that would try for ever, as (a+)+b does on aaaa...
+
+    The matcher looks for signals while it tries, so a timer can end it. Only the main thread has
+    one, and not on Windows: elsewhere there is no limit.
+
+    Raises:
+        UserError: of this `kind`, after `PATIENCE` seconds; the block must change nothing.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(
+        signal, "setitimer"
+    ):
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise kind(
+            f"matching {patterns} takes more than {PATIENCE:g} s: an expression that repeats a "
+            "repetition, such as (a+)+, tries for ever. Write it without nested + and *"
+        )
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    left, interval = signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, left, interval)
+        signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
 
 
 # PEFT's rules

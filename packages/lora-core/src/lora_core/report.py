@@ -6,6 +6,7 @@ Only the process of rank 0 prints and writes.
 from __future__ import annotations
 
 import csv
+import html
 import math
 import os
 import shutil
@@ -39,13 +40,15 @@ def say(text: object = "") -> None:
 
 def _put(text: str) -> None:
     """Write to stdout. A reader that has left, as `head` does, must not end a training run."""
+    if sys.stdout is None:  # started with stdout closed
+        return
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
     except UnicodeEncodeError:  # a terminal without the letter
         encoding = sys.stdout.encoding or "ascii"
         sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
-    except (BrokenPipeError, ValueError):
+    except (OSError, ValueError):  # also a log file on a full disk
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the end
 
 
@@ -163,7 +166,7 @@ class Progress:
 def _is_terminal() -> bool:
     try:
         return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-    except ValueError:  # stdout is closed
+    except (ValueError, AttributeError):  # stdout is closed, or was from the start
         return False
 
 
@@ -189,14 +192,17 @@ class RunLog:
     ) -> None:
         self.folder, self.csv_path, self.columns = Path(folder), Path(csv_path), list(columns)
         self.written: set[tuple[str, str]] = set()
+        self._pending: list[dict[str, str]] = []  # rows that could not be written yet
+        self._torn = False  # the last write may have left a part of a row
         self._writer: Any = None
         self._tensorboard = is_first_rank() and tensorboard is not False
         if not is_first_rank():
             return
         rows = self._read_rows()
         self.written = {(row["step"], row["split"]) for row in rows}
-        self._write_rows(rows)
-        if tensorboard and self._summary_writer() is None:
+        if not self._is_whole():
+            self._write_rows(rows)
+        if tensorboard and _writer_class() is None:
             say("TensorBoard is not installed: pip install tensorboard. The CSV has all numbers.")
 
     def write(self, step: int, split: str, **values: object) -> None:
@@ -204,13 +210,34 @@ class RunLog:
 
         Values whose name is not a column go to TensorBoard only, values without a number to the
         CSV only.
+
+        Raises:
+            OSError: the disk is full, for example. The next call writes this row as well.
         """
         if not is_first_rank() or (str(step), split) in self.written:
             return
         self.written.add((str(step), split))
         row = {"step": step, "split": split, **values}
+        self._pending.append({name: str(_cell(row.get(name, ""))) for name in self.columns})
+        try:
+            self._append_pending()
+        finally:
+            self._show_scalars(step, split, values)
+
+    def _append_pending(self) -> None:
+        """Append to the CSV what is not in it yet, and first mend what a full disk has cut off."""
+        if self._torn:
+            keys = {(row["step"], row["split"]) for row in self._pending}
+            rows = self._read_rows()
+            self._write_rows([row for row in rows if (row["step"], row["split"]) not in keys])
+        self._torn = True
         with self.csv_path.open("a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow([_cell(row.get(name, "")) for name in self.columns])
+            writer = csv.writer(file)
+            writer.writerows([row[name] for name in self.columns] for row in self._pending)
+        self._torn = False
+        self._pending.clear()
+
+    def _show_scalars(self, step: int, split: str, values: Mapping[str, object]) -> None:
         writer = self._summary_writer()
         if writer is not None:
             for name, value in values.items():
@@ -227,7 +254,7 @@ class RunLog:
         """Show `rgb` (uint8 [H, W, 3], array or tensor) in TensorBoard."""
         writer = self._summary_writer()
         if writer is not None:
-            writer.add_image(tag, rgb, step, dataformats="HWC")
+            writer.add_image(html.escape(tag), rgb, step, dataformats="HWC")
             writer.flush()
 
     def rewind(self, step: int) -> None:
@@ -259,6 +286,10 @@ class RunLog:
         complete = [row for row in rows if len(row) == len(header)]
         return [dict(zip(header, row, strict=True)) for row in complete]
 
+    def _is_whole(self) -> bool:
+        """Whether the CSV has its header and ends with a row, so that one more can follow."""
+        return self.csv_path.is_file() and self.csv_path.read_bytes().endswith(b"\n")
+
     def _write_rows(self, rows: Sequence[Mapping[str, str]]) -> None:
         self.csv_path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.csv_path.with_name(f".{self.csv_path.name}.{os.getpid()}")
@@ -271,13 +302,21 @@ class RunLog:
     def _summary_writer(self, purge_step: int | None = None) -> Any:
         """Give TensorBoard's writer, made on first use; None where it is not installed."""
         if self._writer is None and self._tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
+            cls = _writer_class()
+            if cls is None:
                 self._tensorboard = False
                 return None
-            self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge_step)
+            self._writer = cls(str(self.folder / "tensorboard"), purge_step=purge_step)
         return self._writer
+
+
+def _writer_class() -> Any:
+    """TensorBoard's class for writing, or None where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter
 
 
 def _cell(value: object) -> object:

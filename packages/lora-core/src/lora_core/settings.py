@@ -12,17 +12,21 @@ import copy
 import json
 import os
 import re
-import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from lora_core import config_file, config_types
 from lora_core.errors import ConfigError, listing, near
+from lora_core.report import say
 
 T = TypeVar("T")
+
+_WITHOUT_VALUE = ("help", "h", "version", "print_config", "debug")
+_SECRET = re.compile(r"(_key|(^|_)(token|password|passwd|secret))$", re.IGNORECASE)
 
 
 def option(default: Any, help: str, group: str = "") -> Any:
@@ -48,7 +52,11 @@ def parse(cls: type[T], argv: Sequence[str], *, prog: str, description: str = ""
     leaves = {leaf.key: leaf for leaf in _leaves(cls)}
     words = _unfold(list(argv), leaves)
     if any(name in ("h", "help") for name, _ in words):
-        sys.stdout.write(_help(leaves, prog, description))
+        say(_help(leaves, prog, description).rstrip())
+        raise SystemExit(0)
+    if any(name == "version" for name, _ in words):
+        package = import_module(cls.__module__.partition(".")[0])
+        say(f"{prog.split()[0]} {package.__version__}")
         raise SystemExit(0)
     problems: list[str] = []
     given: dict[str, Any] = {}
@@ -56,7 +64,7 @@ def parse(cls: type[T], argv: Sequence[str], *, prog: str, description: str = ""
         if name == "config":
             _take_file(given, config_file.read(_need(text, "config", "a file")), leaves, problems)
     for name, text in words:
-        if name not in ("config", "print_config", "debug"):
+        if name != "config" and name not in _WITHOUT_VALUE:
             _take_flag(given, name, text, leaves, problems)
     for leaf in leaves.values():
         if leaf.required and leaf.key not in given:
@@ -67,7 +75,7 @@ def parse(cls: type[T], argv: Sequence[str], *, prog: str, description: str = ""
         raise ConfigError(listing(problems))
     config = _build(cls, given)
     if any(name == "print_config" for name, _ in words):
-        sys.stdout.write(as_yaml(config))
+        say(as_yaml(config).rstrip())
         raise SystemExit(0)
     return config
 
@@ -95,16 +103,27 @@ def _yaml_lines(config: Any, indent: str) -> Iterator[str]:
         if item.metadata.get("help"):
             lines = textwrap.wrap(item.metadata["help"], 96 - len(indent))
             yield from (f"{indent}# {line}" for line in lines)
-        text = config_file.write({item.name: _plain(value)})
+        text = config_file.write(plain({item.name: value}))
         yield from (indent + line for line in text.splitlines())
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Give settings as dicts, lists, numbers and text, as files keep them.
+
+    What a name such as `hub_token`, `api_key` or `password` stands for is left out: a file of a
+    run is shown to others.
+    """
+    if is_dataclass(value):
+        value = {item.name: getattr(value, item.name) for item in fields(value)}
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _unless_secret(str(key), item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def _unless_secret(name: str, value: Any) -> Any:
+    return "***" if value is not None and _SECRET.search(name) else plain(value)
 
 
 @dataclass(frozen=True)
@@ -187,7 +206,7 @@ def _unfold(argv: list[str], leaves: dict[str, _Leaf]) -> list[tuple[str, str | 
         leaf = leaves.get(name)
         many = name == "options" or (leaf is not None and leaf.is_list)
         while not equals and argv and not _is_flag(argv[0]) and (many or not values):
-            if name in ("help", "h", "print_config", "debug"):
+            if name in _WITHOUT_VALUE:
                 break
             values.append(argv.pop(0))
         if name == "options":
@@ -235,7 +254,7 @@ def _take_flag(
     """Put one flag into `given`, or what is wrong with it into `problems`."""
     leaf = leaves.get(name) or leaves.get(name.partition(".")[0])
     try:
-        if leaf is None or (leaf.key != name and not leaf.is_dict):
+        if leaf is None or (leaf.key != name and not (leaf.is_dict and all(name.split(".")))):
             raise ConfigError(_unknown(name, leaves, "--"))
         if leaf.is_dict:
             path = name.split(".")[1:]
@@ -300,9 +319,12 @@ def _unknown(name: str, leaves: dict[str, _Leaf], dashes: str = "") -> str:
     if _is_section(name, leaves):
         return f"{dashes}{name} is a section: set its parts, such as {dashes}{name}.NAME"
     parent = name.rpartition(".")[0]
+    if parent in leaves and leaves[parent].is_dict:
+        return f"{dashes}{name}: {dashes}{parent} is written {dashes}{parent}.NAME VALUE"
     if parent in leaves:
         return f"unknown {kind} {dashes}{name}: {dashes}{parent} is a single value, without parts"
-    hint = near(dashes + name, [dashes + key for key in (*leaves, "config", "print_config")])
+    words = (*leaves, "config", "print_config", "version")
+    hint = near(dashes + name, [dashes + key for key in words])
     return f"unknown {kind} {dashes}{name}; {hint or 'see --help'}"
 
 
@@ -319,6 +341,7 @@ def _help(leaves: dict[str, _Leaf], prog: str, description: str) -> str:
     )
     general = parser.add_argument_group("general")
     general.add_argument("-h", "--help", action="store_true", help="Show this text.")
+    general.add_argument("--version", action="store_true", help="Show the version.")
     general.add_argument("--config", metavar="FILE", help="Read settings from YAML or JSON.")
     general.add_argument("--print_config", action="store_true", help="Show all settings as YAML.")
     general.add_argument("--options", metavar="A.B=C", help="Several settings as NAME=VALUE words.")

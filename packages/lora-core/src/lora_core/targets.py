@@ -61,14 +61,15 @@ def matching(modules: Mapping[str, nn.Module], entry: str, roles: Roles | None =
     """The paths that one entry names; see `resolve`.
 
     Raises:
-        ConfigError: the entry is a full path and also the end of another.
+        ConfigError: the entry is a full path and also the end of another, or no valid pattern.
     """
     if roles and entry in roles:
         return set().union(*(matching(modules, pattern) for pattern in roles[entry]))
-    if entry.startswith("re:"):
-        return {path for path in modules if re.fullmatch(entry[3:], path)}
-    if _WILDCARDS.search(entry):
-        expression = glob(entry)
+    if entry.startswith("re:") or _WILDCARDS.search(entry):
+        try:
+            expression = re.compile(entry[3:]) if entry.startswith("re:") else glob(entry)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ConfigError(f"{entry[:200]!r} is no pattern: {error}") from None
         return {path for path in modules if expression.fullmatch(path)}
     ends = {path for path in modules if path.endswith(f".{entry}")}
     if entry in modules and ends:
@@ -140,9 +141,8 @@ def _by_entries(
                 )
                 continue
         if not found:
-            problems.append(
-                f"{field}: {entry!r} matches no module. {_close(modules, entry, roles)}"
-            )
+            hint = _beyond(modules, entry) or _close(modules, entry, roles)
+            problems.append(f"{field}: {entry!r} matches no module. {hint}")
         elif accepts is _supported:
             _refuse_unsupported(modules, found, f"{field}: {entry!r}")
         chosen |= found
@@ -155,11 +155,17 @@ def _refuse_unsupported(
     modules: Mapping[str, nn.Module], chosen: Collection[str], what: str
 ) -> None:
     wrong = [path for path in chosen if not _supported(modules[path])]
-    if wrong:
-        raise ConfigError(
-            f"{what} names modules that cannot be adapted: {_with_kinds(modules, wrong)}. LoRA "
-            "changes a floating-point weight with two or more axes: name the layers inside."
-        )
+    if not wrong:
+        return
+    weights = (modules[path]._parameters.get("weight") for path in wrong)
+    quantised = {str(w.dtype) for w in weights if w is not None and w.dtype.itemsize < 2}
+    advice = "name the layers inside"
+    if quantised:
+        advice = f"these are {', '.join(sorted(quantised))}, so load the base in full precision"
+    raise ConfigError(
+        f"{what} names modules that cannot be adapted: {_with_kinds(modules, wrong)}. LoRA "
+        f"changes a floating-point weight with two or more axes: {advice}."
+    )
 
 
 def _allowed(
@@ -200,6 +206,20 @@ def _unique(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> list[str]
     for path, module in modules.items():
         first.setdefault(id(module), path)
     return list(dict.fromkeys(first[id(modules[path])] for path in paths))
+
+
+def _beyond(modules: Mapping[str, nn.Module], entry: str) -> str:
+    """How many blocks there are, where an entry names one after the last."""
+    parts = entry.removeprefix("re:").replace("\\.", ".").split(".")
+    for position, part in enumerate(parts):
+        if not part.isdecimal():
+            continue
+        parent = f".{'.'.join(parts[:position])}"
+        for path, module in modules.items():
+            blocks = isinstance(module, nn.ModuleList | nn.Sequential) and len(module)
+            if blocks and f".{path}".endswith(parent) and int(part) >= blocks:
+                return f"{path} has {blocks} blocks, 0 to {blocks - 1}"
+    return ""
 
 
 def _close(modules: Mapping[str, nn.Module], entry: str, roles: Roles) -> str:

@@ -6,10 +6,16 @@ No byte of a file is executed: safetensors holds data only, and `torch.load` is 
 
 from __future__ import annotations
 
+import errno
 import json
+import mmap
 import os
+import pickletools
 import re
 import secrets
+import struct
+import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,50 +26,82 @@ import torch
 from torch import Tensor
 
 from lora_core.errors import CheckpointError, near
+from lora_core.run_lock import flock
 
 HEADER_LIMIT = 100_000_000  # bytes, as the safetensors library has it
+PICKLE_LIMIT = 100_000_000  # bytes of a refused pickle that are searched for names
+_PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.tmp", re.ASCII)
+DEPTH_LIMIT = 100  # of containers inside each other
 
 
 @contextmanager
 def atomic_write(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
     """Open a new file that becomes `path` when the block ends, and vanishes if the block fails.
 
-    The bytes go to a hidden sibling of `path`, which is flushed to the disk and then renamed: a
-    reader, or a crash at any moment, sees the old file or the new one. `sync=False` leaves out the
-    flush, for files that can be made again. The name of the sibling is the file's `.name`.
+    The bytes go to a hidden sibling of `path`, which only its owner can read. It is flushed to the
+    disk and then renamed: a reader, or a crash at any moment, sees the old file or the new one.
+    `sync=False` leaves out the flush, for files that can be made again. The name of the sibling is
+    the file's `.name`.
 
     Raises:
-        CheckpointError: the file cannot be written; the old one is as it was.
+        CheckpointError: the file cannot be written; the old one is as it was. Its `__cause__` is
+            the system's error.
     """
     path = Path(path)
     part = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "xb") as file:
+        with open(part, "xb", opener=_private) as file:
+            flock(file.fileno())  # for `remove_partial`
             yield file
             file.flush()
+            with suppress(OSError):  # a file system without permissions
+                os.chmod(part, 0o666 & ~_umask())
             if sync:
                 os.fsync(file.fileno())
         os.replace(part, path)
         if sync and os.name == "posix":
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         # torch.save hides the system's error behind a RuntimeError of its own.
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
         reason = cause.strerror or str(cause)
-        raise CheckpointError(f"cannot write {path.absolute()}: {reason}") from error
+        raise CheckpointError(f"cannot write {path.absolute()}: {reason}") from cause
     finally:
         with suppress(OSError):  # it is gone when all went well
             part.unlink()
 
 
-def _sync_folder(folder: Path) -> None:
+def remove_partial(folder: Path) -> None:
+    """Delete the siblings that killed processes left behind in `atomic_write`, and no others."""
+    for part in folder.iterdir():
+        if _PARTIAL.fullmatch(part.name) and part.is_file() and not part.is_symlink():
+            with suppress(OSError), open(part, "r+b") as file:
+                if flock(file.fileno()):  # otherwise somebody may be writing it
+                    part.unlink()
+
+
+def _private(name: str, flags: int) -> int:
+    return os.open(name, flags, 0o600)
+
+
+def _umask() -> int:
+    """The permissions that new files go without. It can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def sync_folder(folder: Path) -> None:
     """Flush a folder's list of names, without which a power cut may undo a rename."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise  # otherwise the file system, on a network, has no such thing
     finally:
         os.close(handle)
 
@@ -90,66 +128,131 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
 
 @contextmanager
-def open_checkpoint(path: str | Path) -> Iterator[BinaryIO]:
+def open_checkpoint(path: str | Path, max_bytes: int | None = None) -> Iterator[BinaryIO]:
     """Open a checkpoint file for reading.
 
+    Args:
+        max_bytes: refuse a larger file before anything of it is read.
+
     Raises:
-        CheckpointError: it is missing, a folder, empty, or what a failed download leaves behind.
+        CheckpointError: it is missing, no regular file, empty, too large, or what a failed download
+            leaves behind.
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            what = "a folder" if path.is_dir() else "a device or pipe"
+            raise CheckpointError(f"{path.absolute()} is {what}, expected a file")
         file = open(path, "rb")  # noqa: SIM115 - closed below, after the block of the caller
     except FileNotFoundError:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = near(path.name, siblings)
         raise CheckpointError(f"{path.absolute()} does not exist{hint and '; ' + hint}") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path.absolute()}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"cannot read {path.absolute()}: {reason}") from error
     with file:
-        start = file.read(512).lstrip().lower()
-        if not start:
-            raise CheckpointError(f"{path} is empty: copy or download it again")
-        if start.startswith(b"version https://git-lfs"):
+        _refuse_what_it_is_not(path, file.read(512).lstrip().lower())
+        size = os.fstat(file.fileno()).st_size
+        if max_bytes is not None and size > max_bytes:
             raise CheckpointError(
-                f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` there"
-            )
-        if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-            raise CheckpointError(
-                f"{path} is a web page, not a checkpoint: the download failed or needs a login"
+                f"{path} has {size:,} bytes, where at most {max_bytes:,} can be right: it is "
+                "another file, or damaged"
             )
         file.seek(0)
         yield file
 
 
-def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file as (name -> tensor on the CPU, metadata).
+def _refuse_what_it_is_not(path: Path, start: bytes) -> None:
+    if not start:
+        raise CheckpointError(f"{path} is empty: copy or download it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` there"
+        )
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise CheckpointError(
+            f"{path} is a web page, not a checkpoint: the download failed or needs a login"
+        )
+
+
+def read_safetensors(
+    path: str | Path, max_bytes: int | None = None, device: str = "cpu"
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file as (name -> tensor, metadata).
+
+    Args:
+        device: "cpu", or "meta": tensors without values, which only the header is read for.
 
     Raises:
         CheckpointError: the file is missing, damaged, or no safetensors file.
     """
-    with open_checkpoint(path) as file:
-        data = file.read()
+    with open_checkpoint(path, max_bytes) as file:
+        if device == "meta":
+            data: Any = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        else:
+            data = file.read()
     try:
         header = _header(data)
-        tensors = safetensors.torch.load(data)
+        tensors = _without_values(path) if device == "meta" else safetensors.torch.load(data)
     except (ValueError, KeyError, RecursionError, safetensors.SafetensorError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or no safetensors file ({_first_line(error)}): "
-            "copy or download it again"
-        ) from error
+        raise _damaged(path, "safetensors", _first_line(error)) from error
     metadata = header.get("__metadata__", {})
     return tensors, {str(key): str(value) for key, value in metadata.items()}
 
 
+def _without_values(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of the meta device; the file is mapped, and its values are never looked at."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name).to("meta") for name in file.keys()}  # noqa: SIM118
+
+
+def _damaged(path: str | Path, kind: str, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is damaged or no {kind} file ({reason}): copy or download it again"
+    )
+
+
 def _header(data: bytes) -> dict[str, Any]:
-    """The header of a safetensors file; a name given twice, which the library takes, is refused."""
+    """The header of a safetensors file.
+
+    Raises:
+        ValueError: it is cut off, or says what the library takes and we do not: a name twice, a
+            name with control characters or `..`.
+    """
     size = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or size > min(len(data) - 8, HEADER_LIMIT):
-        raise ValueError(f"header of {size} bytes in a file of {len(data)}")
-    header = json.loads(data[8 : 8 + size], object_pairs_hook=_no_twins)
+    if len(data) < 8 or size > HEADER_LIMIT or data[8:9] != b"{":
+        raise ValueError("it does not begin as one")
+    if size > len(data) - 8:
+        raise ValueError(f"cut off: the header alone has {size} bytes, the file {len(data)}")
+    try:
+        header = json.loads(data[8 : 8 + size], object_pairs_hook=_no_twins)
+    except json.JSONDecodeError:
+        raise ValueError("its header is no JSON") from None
     if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
-        raise ValueError("header is no dictionary")
+        raise ValueError("its header is no dictionary")
+    _check_spans({k: v for k, v in header.items() if k != "__metadata__"}, len(data) - 8 - size)
     return header
+
+
+def _check_spans(entries: Mapping[str, Any], length: int) -> None:
+    """Whether the tensors lie one behind the other and fill the `length` bytes of data."""
+    spans = []
+    for name, entry in entries.items():
+        if not name.isprintable() or ".." in name:
+            raise ValueError(f"unfit name {name[:80]!r}")
+        span = entry.get("data_offsets") if isinstance(entry, dict) else None
+        if not isinstance(span, list) or [type(n) for n in span] != [int, int]:
+            raise ValueError(f"no place is given for {name[:80]!r}")
+        spans.append((*span, name))
+    end = 0
+    for start, stop, name in sorted(spans):
+        if start != end or stop < start:
+            raise ValueError(f"{name[:80]!r} overlaps another tensor or leaves a hole")
+        end = stop
+    if end != length:
+        what = "cut off" if end > length else "bytes behind the last tensor"
+        raise ValueError(f"{what}: {length} bytes of tensors, the header says {end}")
 
 
 def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -159,18 +262,27 @@ def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def read_torch(path: str | Path) -> Any:
-    """Read what `torch.save` wrote, tensors on the CPU, without running anything in it.
+def read_torch(path: str | Path, max_bytes: int | None = None, device: str = "cpu") -> Any:
+    """Read what `torch.save` wrote without running anything in it.
+
+    There is no way around this, also not on request: what needs an unrestricted load is converted
+    by the program that wrote it.
+
+    Args:
+        device: of the tensors: "cpu", or "meta": without values, which are not read then.
 
     Raises:
         CheckpointError: the file is missing, damaged, holds objects other than tensors, numbers,
             strings and their containers, or a tensor larger than the file itself.
     """
-    with open_checkpoint(path) as file:
+    with open_checkpoint(path, max_bytes) as file:
         size = os.fstat(file.fileno()).st_size
-        content = _load(file, path)
-    for name, tensor in _tensors(content):
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        if reason := _no_torch_file(file, size, values=device != "meta"):
+            raise _damaged(path, "torch", reason)
+        file.seek(0)
+        content = _load(file, path, device)
+    for name, tensor in _tensors(path, content):
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != device:
             raise CheckpointError(f"{path}: {name} is no ordinary dense tensor")
         if tensor.numel() * tensor.element_size() > size:
             raise CheckpointError(
@@ -179,32 +291,112 @@ def read_torch(path: str | Path) -> Any:
     return content
 
 
-def _load(file: BinaryIO, path: str | Path) -> Any:
+def _no_torch_file(file: BinaryIO, size: int, values: bool) -> str:
+    """Why this cannot be what `torch.save` wrote; "" where it may be.
+
+    torch would inflate compressed members, so that a small file could fill the memory, and does not
+    look at the checksums.
+    """
+    start = file.read(512)
+    if start[257:262] == b"ustar":
+        return "a tar archive, as torch wrote before 2017"
+    if not start.startswith(b"PK\x03\x04"):
+        return "" if start.startswith(b"\x80") else "it does not begin as one"
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(file) as archive:
+            wrong = _wrong_parts(archive.infolist(), size)
+            return wrong or (_damaged_part(archive) if values else "")
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, struct.error):
+        return "cut off, or damaged at its end"
+
+
+def _wrong_parts(parts: list[zipfile.ZipInfo], size: int) -> str:
+    names = [part.filename.partition("/")[2] for part in parts]
+    if "data.pkl" not in names or len(set(names)) < len(names):
+        return "a zip archive of something else"
+    if "constants.pkl" in names:
+        return "a TorchScript program, not a state dict"
+    if any(part.compress_type != zipfile.ZIP_STORED or part.flag_bits & 1 for part in parts):
+        return "compressed or encrypted, which torch.save never does"
+    if sum(part.file_size for part in parts) > size:
+        return "its parts claim more bytes than the file has"
+    return ""
+
+
+def _damaged_part(archive: zipfile.ZipFile) -> str:
+    for part in archive.infolist():
+        if not part.CRC:  # torch writes 0 where it was told not to compute checksums
+            continue
+        try:
+            with archive.open(part) as content:
+                while content.read(1 << 20):
+                    pass
+        except (zipfile.BadZipFile, EOFError):
+            return f"the checksum of its part {part.filename[:80]} is wrong"
+    return ""
+
+
+def _load(file: BinaryIO, path: str | Path, device: str) -> Any:
+    try:
+        with warnings.catch_warnings():  # about pickles of other protocols, refused anyway
+            warnings.simplefilter("ignore")
+            return torch.load(file, map_location=device, weights_only=True)
     except Exception as error:  # damaged or hostile bytes raise whatever they like
-        unsafe = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error))
+        named = re.search(r"(?:GLOBAL|global) ([^\s()]+)", str(error))
+        unsafe = dict.fromkeys([named[1]] if named else []) | dict.fromkeys(_foreign(file))
         if unsafe:
+            classes = ", ".join(name[:80] for name in list(unsafe)[:5])
             raise CheckpointError(
-                f"{path} holds an object of class {unsafe[1]}, which only an unrestricted load "
-                "could read, and that could run a program. Save it again as plain tensors and "
-                "numbers"
+                f"{path} holds objects of class {classes}, which only an unrestricted load could "
+                "read, and that could run a program.\nIf you trust its maker: where it was made, "
+                'save its tensors and numbers alone, torch.save({name: tensor}, "plain.pt")'
             ) from error
-        raise CheckpointError(
-            f"{path} is damaged or no torch file ({_first_line(error)}): copy or download it again"
-        ) from error
+        raise _damaged(path, "torch", "its content cannot be read") from error
 
 
-def _tensors(value: Any, name: str = "content") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in nested dictionaries, lists and tuples, with the way to it."""
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, Mapping):
-        for key, child in value.items():
-            yield from _tensors(child, f"{name}[{key!r}]")
-    elif isinstance(value, (list, tuple)):
-        for index, child in enumerate(value):
-            yield from _tensors(child, f"{name}[{index}]")
+def _foreign(file: BinaryIO) -> list[str]:
+    """Classes beyond torch's that a pickle names, found without running it."""
+    found: list[str] = []
+    words: list[str] = []
+    with suppress(Exception):  # it ends where the damage begins
+        for operation, value, _ in pickletools.genops(_pickle(file)):
+            if operation.name in ("GLOBAL", "INST"):
+                found.append(str(value).replace(" ", "."))
+            elif operation.name == "STACK_GLOBAL":
+                found.append(".".join(words[-2:]))
+            elif isinstance(value, str):
+                words.append(value)
+    return [name for name in found if not name.startswith(("torch.", "collections.OrderedDict"))]
+
+
+def _pickle(file: BinaryIO) -> bytes:
+    """The pickle of what `torch.save` wrote; the first of several in its older format."""
+    file.seek(0)
+    if file.read(4) == b"PK\x03\x04":
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+            return archive.read(next(n for n in names if n.partition("/")[2] == "data.pkl"))
+    file.seek(0)
+    return file.read(PICKLE_LIMIT)
+
+
+def _tensors(path: str | Path, content: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in nested dictionaries, lists and tuples, with the way to it.
+
+    A container that occurs again is not entered again: it may hold itself.
+    """
+    entered: set[int] = set()
+    stack: list[tuple[Any, str, int]] = [(content, "content", 0)]
+    while stack:
+        value, name, depth = stack.pop()
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, Mapping | list | tuple) and id(value) not in entered:
+            entered.add(id(value))
+            if depth > DEPTH_LIMIT:
+                raise CheckpointError(f"{path} is nested too deeply, over {DEPTH_LIMIT} levels")
+            entries = value.items() if isinstance(value, Mapping) else enumerate(value)
+            stack += [(child, f"{name}[{key!r}]", depth + 1) for key, child in entries]
 
 
 def _first_line(error: Exception) -> str:

@@ -1,16 +1,19 @@
 """`LoraTrainer`: transformers.Trainer runs the loop, this adds what it does not promise.
 
 Adapter-only checkpoints and exact resume, a data order that is a function of (seed, epoch),
-evaluation by the package's metrics that leaves training untouched, best and early stopping, and
-checks that adapters learn. Import this module only to train: it costs seconds.
+evaluation by the package's metrics that leaves training untouched, best and early stopping, a
+check of every update before it is done, and an orderly end when a signal comes. Import this module
+only to train: it costs seconds.
 """
 
 from __future__ import annotations
 
 import math
-import os
+import multiprocessing
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +21,41 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import TrainOutput
 
-from lora_core import checkpoint
+from lora_core import checkpoint, numerics, sharding, training_evaluation, training_saves
+from lora_core.distributed import (
+    finishing,
+    first_rank_decides,
+    together,
+    wait_for_first,
+    world_size,
+)
 from lora_core.errors import ConfigError
-from lora_core.report import Progress, RunLog, duration, figure, say
+from lora_core.guards import Guards
+from lora_core.loading import Watched
+from lora_core.out_of_memory import Advice, explained
+from lora_core.report import Progress, RunLog, say
 from lora_core.schedule import EpochSampler, lr_factor
+from lora_core.settings import plain
+from lora_core.shares import Shares
+from lora_core.signals import Signals, Stopped, name, shield_worker
 from lora_core.training_arguments import (
     choose_device,
     choose_precision,
-    first_rank_decides,
     training_arguments,
 )
-from lora_core.training_checks import check_samples, check_trainable, untouched
-from lora_core.training_flow import Flow, Loss, LossModule
+from lora_core.training_checks import (
+    check_depends,
+    check_identity,
+    check_samples,
+    check_trainable,
+)
+from lora_core.training_figures import Means, Setbacks
+from lora_core.training_flow import Finished, Flow, Loss, LossModule
 
 __all__ = [
     "LoraTrainer",
@@ -43,6 +64,15 @@ __all__ = [
     "first_rank_decides",
     "training_arguments",
 ]
+
+
+@contextmanager
+def _settings_of(names: str) -> Iterator[None]:
+    """What torch refuses when it is given `--trainer.NAME value`, as a fault of the settings."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"--trainer.{names} do not go together: {error}") from error
 
 
 class LoraTrainer(Trainer):
@@ -54,10 +84,13 @@ class LoraTrainer(Trainer):
         train_set: map-style data set. If it has `set_epoch(epoch)`, it is told before an epoch's
             workers start; its samples should be functions of (seed, epoch, index).
         collate: list of samples -> batch, a dict of tensors, plain values, and dicts and lists.
+            Its "keys", if any, are the samples' names in messages.
         loss: `(model, batch) -> (scalar, parts)`; parts are numbers that are logged as means.
         evaluate: `model -> metrics`; best and early stopping follow the first one, larger is
-            better. Runs on rank 0 in eval mode and without gradient.
+            better. Runs on rank 0 in eval mode and without gradient. Should it fail after the
+            first time, that is a warning; three times in a row end the run.
         log: where figures go besides the terminal.
+        draw: called as `(step)` on rank 0 after every evaluation, to put pictures into the log.
         patience: stop after so many evaluations in a row without a better value; None: never.
         min_delta: a value counts as better for `patience` if it is better by more than this.
         on_best: called as `(step, metrics)` on rank 0 after the checkpoint of a new best.
@@ -66,12 +99,20 @@ class LoraTrainer(Trainer):
         shown: names of the metrics that are printed; None: all. The log gets every one.
         referenced: gives steps whose checkpoints must stay because other files refer to them.
         b_lr_ratio: learning rate of B over that of A (LoRA+).
+        count: `batch -> items` that the loss of a batch is the mean over; None: its samples.
+        sharded: blocks whose frozen parameters are divided among the processes, see
+            `lora_core.sharding`; after `train` they are whole.
+        guards: what is done when something is wrong; its `keep_last` goes before the arguments'
+            `save_total_limit`.
+        settings: the run's, by name, as plain values; they go into every checkpoint, and a resumed
+            run must have the same, but for those in `may_change`.
+        fingerprints: of what settings only point to: "base" weights, "data".
+        resume_with: for messages: the command that continues this run.
+        advice: for messages: what helps when memory runs out.
 
     Raises:
         ConfigError: no trainable parameter, or processes that do not see each other.
         DataError: no training sample, or fewer than a batch with `dataloader_drop_last`.
-        NumericError: a loss or gradient that is not finite, before any weight has moved; or
-            adapters that did not move in the first update.
     """
 
     # Trainer's own, whose types depend on the release.
@@ -89,6 +130,7 @@ class LoraTrainer(Trainer):
         evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
         *,
         log: RunLog | None = None,
+        draw: Callable[[int], object] | None = None,
         patience: int | None = None,
         min_delta: float = 0.0,
         on_best: Callable[[int, dict[str, float]], object] | None = None,
@@ -97,29 +139,54 @@ class LoraTrainer(Trainer):
         shown: Collection[str] | None = None,
         referenced: Callable[[], Collection[int]] = tuple,
         b_lr_ratio: float = 1.0,
+        count: Callable[[Any], float] | None = None,
+        sharded: Sequence[nn.Module] = (),
+        guards: Guards | None = None,
+        settings: Mapping[str, Any] | None = None,
+        fingerprints: Mapping[str, str] | None = None,
+        may_change: Collection[str] = (),
+        resume_with: str = "",
+        advice: Advice | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         check_samples(train_set, args)
         check_trainable(model)
         self.network = model
-        self.run_log, self.patience, self.min_delta = log, patience, min_delta
-        self.shown = shown
+        self.run_log, self.draw, self.shown = log, draw, shown
+        self.patience, self.min_delta = patience, min_delta
         self.on_best, self.on_latest = on_best, on_latest
         self.measure, self.referenced, self.b_lr_ratio = evaluate, referenced, b_lr_ratio
         self.write_adapter = save_adapter or self._write_adapter
+        self.guards = guards or Guards()
+        self.keep_last = guards.keep_last if guards else max(args.save_total_limit or 1, 1)
+        self.settings, self.may_change = plain(dict(settings or {})), may_change  # no secrets
+        self.fingerprints, self.resume_with = dict(fingerprints or {}), resume_with
+        self.advice = advice or Advice()
+        self.already_done = False  # a resumed run had nothing left to do
         self.best: dict[str, Any] | None = None  # {"step", "value", "metrics"}
+        self.best_before: dict[str, Any] | None = None  # the one whose files are written
+        self.new_best = False
         self.without_gain = 0  # evaluations in a row
-        self._new_best = False
-        self._window: dict[str, list[Any]] = {}  # name -> [sum, count] since the last log row
+        self.dropped: list[int] = []  # updates that were not finite
+        self.means, self.setbacks = Means(), Setbacks()
+        self.signals, self.stop_signal = Signals(), 0  # the signal that all ranks know of
+        self.evaluation_due = False  # a signal came before the evaluation of this step
+        self.phase = "training"  # or "validation", "saving": for messages
         self._seconds_before, self._began = 0.0, time.monotonic()
         self._resumed: dict[str, Any] = {}
+        self._batches: list[Any] = []  # of the update now under way
+        self._random: dict[str, Any] = {}  # torch's, when it began
+        self._leaving = multiprocessing.RawValue("b", 0)  # workers may end
         self.progress: Progress | None = None  # while training
+        self.samples = Watched(train_set)
         self.sampler = EpochSampler(len(train_set), args.seed)  # type: ignore[arg-type]
+        self.sharded = sharding.shard(sharded, args.device)
+        self.shares = Shares(self.sampler, args, count)
         try:
             super().__init__(
                 model=LossModule(model, loss),
                 args=args,
-                train_dataset=train_set,
+                train_dataset=self.samples,
                 data_collator=collate,
                 callbacks=[*(callbacks or []), Flow(self)],
             )
@@ -128,7 +195,7 @@ class LoraTrainer(Trainer):
                 raise
             raise ConfigError(f"--trainer.report_to {args.report_to}: {error}") from error
         self.remove_callback(PrinterCallback)  # transformers' prints; ours are in Flow
-        world = int(os.environ.get("WORLD_SIZE", "1"))
+        world = world_size()
         if self.accelerator.num_processes != world:
             raise ConfigError(
                 f"{world} processes were started, but each sees {self.accelerator.num_processes}:"
@@ -138,40 +205,133 @@ class LoraTrainer(Trainer):
     # -- the loop: what Trainer leaves open ----------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train, or continue exactly from a checkpoint folder of this run (True: the latest)."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(checkpoint.latest(str(self.args.output_dir)))
-        if resume_from_checkpoint and self._finished(resume_from_checkpoint):
-            return TrainOutput(self.state.global_step, math.nan, {})
+        """Train, or continue exactly from a checkpoint folder of this run (True: the latest).
+
+        SIGTERM, SIGINT, SIGHUP and SIGUSR1 end it with a complete checkpoint after the update that
+        is under way; an evaluation is broken off, and made up for after the resume.
+
+        Raises:
+            Stopped: a signal came.
+            CheckpointError: the checkpoint is damaged or of another run, or nothing can be saved.
+            NumericError: a loss or gradient that is not finite, before any weight has moved; an
+                adapter that changes the base's output at the start or that does not move.
+        """
+        modes = {module: module.training for module in self.network.modules()}
+        self._leaving.value, self.stop_signal = 0, 0
+        with ExitStack() as stack:
+            stack.enter_context(together(self.args.device))
+            stack.enter_context(self.samples.explaining())
+            stack.enter_context(explained(self.network, self._where, self.advice))
+            self.signals = stack.enter_context(Signals(self.how_to_resume()))
+            first_rank_decides(lambda: self._take_folder(stack), self.args.device)
+            if resume_from_checkpoint is True:
+                run = str(self.args.output_dir)
+                resume_from_checkpoint = first_rank_decides(
+                    lambda: str(checkpoint.latest(run)), self.args.device
+                )
+            try:
+                sharding.scatter(self.sharded)
+                output = self._train(resume_from_checkpoint or None, **kwargs)
+                sharding.gather(self.sharded)
+            finally:
+                self._leaving.value = 1
+                if self.progress:
+                    self.progress.close()
+                for module, mode in modes.items():
+                    module.training = mode
+        if signal := self.stop_signal or self.signals.received:  # it may come after the last step
+            step = self.state.global_step
+            raise Stopped(
+                signal,
+                f"stopped by {name(signal)} after step {step} of {self.state.max_steps or step}; "
+                f"saved in {checkpoint.folder(self.args.output_dir, step)}{self.how_to_resume()}",
+            )
+        if self.dropped:
+            say(numerics.dropped(self.dropped))
+        return output
+
+    def _take_folder(self, stack: ExitStack) -> None:
+        """Keep other processes out of the run's folder, and clear what a killed one has left."""
+        stack.enter_context(checkpoint.lock(self.args.output_dir))
+        checkpoint.clean(self.args.output_dir)
+
+    def _train(self, path: str | None, **kwargs: Any) -> TrainOutput:
+        if path:
+            self._resumed = checkpoint.load(path)
+            if self._finished():
+                training_saves.restore(self, path, self._resumed, with_log=False)
+                self.state.global_step = self._resumed["step"]
+                self.already_done = True
+                say("the training is already finished")
+                return TrainOutput(self.state.global_step, math.nan, {})
         # Dropout masks differ between ranks; the sampler has a generator of its own.
         set_seed(self.args.seed + self.args.process_index)
-        modes = {module: module.training for module in self.network.modules()}
         try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        finally:
-            if self.progress:
-                self.progress.close()
-            for module, mode in modes.items():
-                module.training = mode
+            return super().train(resume_from_checkpoint=path, **kwargs)
+        except Finished:  # by the evaluation at the beginning
+            return TrainOutput(self.state.global_step, math.nan, {})
 
-    def _finished(self, path: str) -> bool:
-        """Whether nothing is left to train; then the model is put as it was at the end."""
-        state = checkpoint.load(path)
-        total = self.args.max_steps
+    def _finished(self) -> bool:
+        """Whether nothing is left to train and to evaluate."""
+        state, total = self._resumed, self.args.max_steps
         if total <= 0:
             batches = len(self.get_train_dataloader())
             updates = math.ceil(batches / self.args.gradient_accumulation_steps)
             total = math.ceil(self.args.num_train_epochs * updates)
         stopped = self.patience is not None and state["without_gain"] >= self.patience
-        if state["step"] < total and not stopped:
-            return False
-        self._load_from_checkpoint(path)
-        self.state.global_step = state["step"]
-        say("the training is already finished")
-        return True
+        return not state.get("evaluation_due") and (state["step"] >= total or stopped)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return self.sampler
+    def _where(self) -> str:
+        """What is going on, for messages."""
+        step = self.state.global_step + (self.phase == "training")
+        batch = f", {self.advice.describe(self._batches[-1])}" if self._batches else ""
+        return f"{self.phase} at step {step}{batch}"
+
+    def how_to_resume(self) -> str:
+        return f"; continue with: {self.resume_with}" if self.resume_with else ""
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> Any:
+        if not self.sharded or model is not self.model:
+            return super()._wrap_model(model, training, dataloader)
+        self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+        settings = self.accelerator.ddp_handler.to_kwargs() if self.accelerator.ddp_handler else {}
+        return sharding.data_parallel(model, self.args.device, **settings)
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], None]:
+        """Take the micro-batches of one update, and find what each counts in it."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.shares.begin(self.state.global_step, batches, device)
+        return batches, None
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        args: Any = self.args
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.shares.batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
+            worker_init_fn=partial(shield_worker, init=None, leaving=self._leaving),
+        )
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        self._batches.append(inputs)
+        if len(self._batches) == 1:
+            self._random = numerics.torch_random()
+            if self.state.global_step == 0:
+                check_identity(self.network, lambda: self._plain_loss(inputs))
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        # Trainer sums the losses for its own log; one NaN would stay in that sum for ever.
+        return torch.nan_to_num(loss, 0.0, 0.0, 0.0)
+
+    def _plain_loss(self, inputs: Any) -> float:
+        with torch.no_grad(), self.accelerator.autocast():
+            module: Any = self.model
+            return float(module.loss(self.network, self._prepare_inputs(inputs))[0])
 
     def compute_loss(
         self,
@@ -181,18 +341,58 @@ class LoraTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         loss, parts = model(inputs)
-        for name, value in {**parts, "loss": loss}.items():
-            entry = self._window.setdefault(name, [0.0, 0])
-            entry[0] = entry[0] + (value.detach() if isinstance(value, Tensor) else value)
-            entry[1] += 1
+        check_depends(loss, self.state.global_step + 1)
+        items, weight = self.shares.next()
+        self.means.add(loss, parts, items)
+        loss = loss * weight
         return (loss, parts) if return_outputs else loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return self._clip_grad_norm(model) if grad_norm is None else grad_norm
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Agree with all ranks that the update is finite, then clip; nothing was touched before."""
+        if self.scaler:
+            self.scaler.unscale_(self.plain_optimizer())
+        # Those of the optimizer: walking through a large network takes longer than the check.
+        groups = self.plain_optimizer().param_groups
+        updated = [p for group in groups for p in group["params"] if p.grad is not None]
+        norm = numerics.total_norm([p.grad for p in updated])
+        finite = torch.isfinite(sum(part["loss"] for part in self.means.update))
+        if not self.scaler:  # which expects overflows, drops the update and lowers its scale
+            finite = finite & torch.isfinite(norm)
+        if self._all_agree(finite):
+            self.means.accept()
+            if self.args.max_grad_norm > 0:
+                torch.nn.utils.clip_grads_with_norm_(updated, self.args.max_grad_norm, norm)
+        else:
+            training_saves.drop_update(self, self._batches, self._random, self._gather)
+        self._batches.clear()
+        return norm
+
+    def _all_agree(self, finite: Tensor) -> bool:
+        """Whether it is finite on all ranks; tells of signals on the way, for the same price."""
+        if self.args.world_size == 1:
+            self.stop_signal = self.signals.received
+            return bool(finite)
+        received = torch.tensor(self.signals.received, device=finite.device)
+        flags = torch.stack([(~finite).to(received.dtype), received])
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+        broken, self.stop_signal = (int(flag) for flag in flags.tolist())
+        return not broken
+
+    def _gather(self, value: Any) -> list[Any]:
+        """Give the values of all ranks, in their order."""
+        gathered: list[Any] = gather_object([value]) if self.args.world_size > 1 else [value]
+        return gathered
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW, or `--trainer.optim`, on the parameter groups of the adapters."""
         if self.optimizer is None:
             from lora_core.injection import parameter_groups
 
-            cls, settings = self.get_optimizer_cls_and_kwargs(self.args)
+            with _settings_of("optim, optim_args and adam_..."):
+                cls, settings = self.get_optimizer_cls_and_kwargs(self.args)
             if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)) or (
                 settings.keys() & {"params", "model", "optimizer_dict"}
             ):
@@ -200,7 +400,8 @@ class LoraTrainer(Trainer):
             groups = parameter_groups(
                 self.network, self.args.learning_rate, self.args.weight_decay, self.b_lr_ratio
             )
-            self.optimizer = cls(groups, **settings)
+            with _settings_of("optim, optim_args and adam_..."):
+                self.optimizer = cls(groups, **settings)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -209,7 +410,8 @@ class LoraTrainer(Trainer):
         transformers' own starts with an update at learning rate 0 and ends at 0.
         """
         if self.args.lr_scheduler_type != "cosine" or self.args.lr_scheduler_kwargs:
-            return super().create_scheduler(num_training_steps, optimizer)
+            with _settings_of("lr_scheduler_type and lr_scheduler_kwargs"):
+                return super().create_scheduler(num_training_steps, optimizer)
         warmup = self.args.get_warmup_steps(num_training_steps)
         if self.lr_scheduler is None:
             self._created_lr_scheduler = True
@@ -222,87 +424,63 @@ class LoraTrainer(Trainer):
     # -- evaluation ----------------------------------------------------------------------------
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Measure the model as it is, follow the best, and stop when it stays away."""
-        step = self.state.global_step
-        began = time.monotonic()
-        metrics = self._measure()
-        note = self._follow_best(step, metrics) if step else ""
-        took = time.monotonic() - began
-        if self.run_log:
-            epoch = self.state.epoch
-            self.run_log.write(step, "val", epoch=epoch, **metrics, seconds=self.seconds)
-        what = f"step {step}  validation" if step else "before training"
-        shown = metrics if self.shown is None else [name for name in self.shown if name in metrics]
-        figures = "  ".join(f"{name} {figure(metrics[name])}" for name in shown)
-        say(f"{what}  {figures}  ({duration(took)}){note}")
-        if self.patience is not None and self.without_gain >= self.patience:
-            self._stop_early(next(iter(metrics)))
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
+        """Measure the model as it is, follow the best, and stop when it stays away.
+
+        Gives nothing if a signal breaks it off, or if it fails.
+        """
+        metrics = training_evaluation.evaluate(self)
+        self.control.should_evaluate = False
+        if metrics:
+            self.control = self.callback_handler.on_evaluate(
+                self.args, self.state, self.control, metrics
+            )
         return metrics
 
-    def _measure(self) -> dict[str, float]:
-        """Evaluate on rank 0; all ranks get its numbers, so that all decide alike."""
-        answer: list[Any] = [None]
-        if self.args.process_index == 0 and self.measure is not None:
-            with untouched(self.network), torch.no_grad(), self.accelerator.autocast():
-                answer = [{name: float(v) for name, v in self.measure(self.network).items()}]
+    def from_first(self, answer: dict[str, Any]) -> dict[str, Any]:
+        """Give all ranks what rank 0 has, however long they have to wait for it."""
+        answers: list[Any] = [answer]
         if self.args.world_size > 1:
-            broadcast_object_list(answer)
-        if not answer[0]:
-            raise ConfigError("evaluation gave no metric: the first one is what best follows")
-        return dict(answer[0])
-
-    def _follow_best(self, step: int, metrics: dict[str, float]) -> str:
-        """Compare with the best so far; NaN is no improvement, and of equals the first stays."""
-        value = next(iter(metrics.values()))
-        before = self.best["value"] if self.best else -math.inf
-        self.without_gain = 0 if value > before + self.min_delta else self.without_gain + 1
-        if not value > before:
-            return ""
-        self.best = {"step": step, "value": value, "metrics": metrics}
-        self._new_best = self.control.should_save = True
-        return "  best so far"
-
-    def _stop_early(self, metric: str) -> None:
-        best = f"{figure(self.best['value'])} at step {self.best['step']}" if self.best else "none"
-        say(f"stopped: {self.without_gain} validations without a better {metric} (best: {best})")
-        self.control.should_training_stop = self.control.should_save = True
-        self._log_training_row(self._get_learning_rate(), None)
+            wait_for_first()
+            broadcast_object_list(answers)
+        shared: dict[str, Any] = answers[0]
+        return shared
 
     # -- figures -------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        super().log(logs, start_time)
         if "loss" in logs:  # not the summary at the end
-            self._log_training_row(logs["learning_rate"], logs.get("grad_norm"))
+            self.log_training_row(logs["learning_rate"], logs.get("grad_norm"))
+        super().log(logs, start_time)
 
-    def _log_training_row(self, lr: float, grad_norm: float | None) -> None:
+    def log_training_row(self, lr: float, grad_norm: float | None) -> None:
         """Log the means since the last row, over all ranks and micro-batches."""
-        own = [{name: (float(total), count) for name, (total, count) in self._window.items()}]
-        self._window.clear()
-        windows = gather_object(own) if self.args.world_size > 1 else own
-        totals: dict[str, tuple[float, int]] = {}
-        for name, (total, count) in (item for window in windows for item in window.items()):
-            total_before, count_before = totals.get(name, (0.0, 0))
-            totals[name] = (total_before + total, count_before + count)
-        if not totals:
+        means = self.means.take(self._gather)
+        if not means:
             return
-        means = {name: total / count for name, (total, count) in totals.items()}
         step = self.state.global_step
-        values = {"epoch": self.state.epoch, **means, "lr": lr, "grad_norm": grad_norm}
-        if self.run_log:
-            self.run_log.write(step, "train", **values, seconds=self.seconds)
+        figures = {"epoch": self.state.epoch, **means, "lr": lr, "grad_norm": grad_norm}
+        self.write_row(step, "train", figures)
         if self.progress:
             self.progress.report(step, **{name: means[name] for name in ("loss", *means)}, lr=lr)
+
+    def write_row(self, step: int, split: str, figures: dict[str, Any]) -> None:
+        if self.run_log:
+            with self.setbacks.tolerated("writing the log", step):
+                self.run_log.write(step, split, **figures, seconds=self.seconds)
+
+    def learning_rate(self) -> float:
+        rate: float = self._get_learning_rate()
+        return rate
 
     @property
     def seconds(self) -> float:
         """Time that the run has taken, those before a resume included."""
         return self._seconds_before + time.monotonic() - self._began
 
-    # -- checkpoints ---------------------------------------------------------------------------
+    def start_clock(self, before: float = 0.0) -> None:
+        self._seconds_before, self._began = before, time.monotonic()
+
+    # -- checkpoints; what is in them: `training_saves` ------------------------------------------
 
     def _write_adapter(self, path: Path) -> None:
         from lora_core.adapter_file import save_adapter
@@ -311,77 +489,67 @@ class LoraTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Write adapter, optimizer, schedule, random states and counters; nothing of the base."""
-        step, run = self.state.global_step, str(self.args.output_dir)
-        window = {name: [float(total), count] for name, (total, count) in self._window.items()}
-        ranks = [{"random": checkpoint.random_state(), "window": window}]
-        ranks = gather_object(ranks) if self.args.world_size > 1 else ranks
-        if self.args.process_index == 0:
+        self.phase = "saving"
+        ranks = self._gather(training_saves.own_state(self))
 
-            def fill(folder: Path) -> None:
-                self.write_adapter(folder / "adapter")
-                self.state.save_to_json(str(folder / "trainer_state.json"))
+        def write() -> dict[str, Any] | None:
+            try:
+                with finishing():
+                    training_saves.write(self, ranks)
+            except Exception as error:
+                error.add_note(f"while saving at step {self.state.global_step}")
+                raise
+            return self.best  # where saving has failed it is the one before
 
-            with untouched(self.network):
-                checkpoint.save(run, step, self._state(ranks), fill)
-                if self._new_best and self.best and self.on_best:
-                    self.on_best(step, self.best["metrics"])
-                if self.on_latest:
-                    self.on_latest(step)
-            keep = {*self.referenced(), *([self.best["step"]] if self.best else [])}
-            checkpoint.prune(run, max(self.args.save_total_limit or 1, 1), keep)
-        self._new_best = False
-        self.accelerator.wait_for_everyone()
+        with sharding.whole(self.sharded):
+            self.best = first_rank_decides(write, self.args.device)
+        self.new_best = False
+        # All wait here, and hear of a signal that came meanwhile.
+        self._all_agree(torch.tensor(True, device=self.args.device))
+        self.phase = "training"
 
-    def _state(self, ranks: list[Any]) -> dict[str, Any]:
-        scaler = getattr(self.accelerator, "scaler", None)
+    def is_last_save(self) -> bool:
+        """Whether the training ends here, so that a failed save cannot be made up for."""
+        return self.control.should_training_stop or self.state.global_step >= self.state.max_steps
+
+    def world(self) -> dict[str, int]:
         return {
-            "tensors": checkpoint.tensors(self.network),
-            "optimizer": checkpoint.optimizer_state(self._plain_optimizer(), self._names()),
-            "schedule": self.lr_scheduler.last_epoch if self.lr_scheduler else 0,
-            "scaler": scaler.state_dict() if scaler else None,
-            "ranks": ranks,
-            "best": self.best,
-            "without_gain": self.without_gain,
-            "seconds": self.seconds,
+            "processes": self.args.world_size,
+            "batch_size": self.args.per_device_train_batch_size,
+            "accumulation": self.args.gradient_accumulation_steps,
         }
 
-    def _plain_optimizer(self) -> torch.optim.Optimizer:
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint's manifest says of the run."""
+        return {
+            "config": self.settings,
+            "fingerprints": self.fingerprints,
+            "world": self.world(),
+        }
+
+    @property
+    def scaler(self) -> Any:
+        """The gradient scaler of fp16, or None."""
+        return getattr(self.accelerator, "scaler", None)
+
+    def plain_optimizer(self) -> torch.optim.Optimizer:
         wrapped: Any = self.optimizer
         return getattr(wrapped, "optimizer", wrapped)  # accelerate wraps it
 
-    def _names(self) -> dict[int, str]:
+    def names(self) -> dict[int, str]:
         return {id(parameter): name for name, parameter in self.network.named_parameters()}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        state = checkpoint.load(resume_from_checkpoint)
-        checkpoint.load_tensors(self.network, state["tensors"])
-        self.best, self.without_gain = state["best"], state["without_gain"]
-        self._seconds_before, self._began = state["seconds"], time.monotonic()
-        own = state["ranks"][self.args.process_index % len(state["ranks"])]
-        self._window = {name: list(entry) for name, entry in own["window"].items()}
-        self._resumed = state
-        if self.run_log:
-            self.run_log.rewind(state["step"])
-        say(f"continuing at step {state['step']} from {resume_from_checkpoint}")
+        training_saves.restore(self, resume_from_checkpoint, self._resumed)
 
     def _load_optimizer_and_scheduler(self, checkpoint_path: str | None) -> None:
-        """Restore the moments and the place in the schedule; its shape is this run's setting."""
-        if checkpoint_path is None:
-            return
-        checkpoint.load_optimizer_state(
-            self._plain_optimizer(), self._names(), self._resumed["optimizer"]
-        )
-        checkpoint.load_schedule(self.lr_scheduler, self._resumed["schedule"])
+        if checkpoint_path is not None:
+            training_saves.restore_optimizer(self, self._resumed)
 
     def _load_scaler(self, checkpoint_path: str | None) -> None:
-        scaler = getattr(self.accelerator, "scaler", None)
-        if checkpoint_path is not None and scaler and self._resumed["scaler"]:
-            scaler.load_state_dict(self._resumed["scaler"])
+        if checkpoint_path is not None and self.scaler and self._resumed["scaler"]:
+            self.scaler.load_state_dict(self._resumed["scaler"])
 
     def _load_rng_state(self, checkpoint_path: str | None) -> None:
-        if checkpoint_path is None:
-            return
-        ranks = self._resumed["ranks"]
-        if len(ranks) != self.args.world_size:
-            say(f"resumed on {self.args.world_size} processes instead of {len(ranks)}: not exact")
-        checkpoint.set_random_state(ranks[self.args.process_index % len(ranks)]["random"])
+        if checkpoint_path is not None:
+            training_saves.restore_random(self, self._resumed)

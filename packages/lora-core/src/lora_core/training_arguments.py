@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import os
-import sys
-from collections.abc import Callable
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_origin, get_type_hints
 
 import torch
 
-from lora_core import config_types, errors
-from lora_core.errors import ConfigError, UserError, listing, near
+from lora_core import config_types, distributed
+from lora_core.errors import ConfigError, listing, near
 from lora_core.report import say
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 Precision = Literal["fp32", "bf16", "fp16"]
-T = TypeVar("T")
 
 # What every package sets from settings of its own, or the trainer by itself.
 SET_BY_US = {
@@ -58,8 +57,10 @@ REFUSED = {
     "batch_eval_metrics": "evaluation is the package's",
     "compute_loss_func": "the loss is the package's",
     "data_seed": "the order of the data follows the seed",
+    "ddp_backend": "it is nccl on CUDA and gloo on the CPU",
     "dataloader_persistent_workers": "the workers would keep the first epoch's augmentation",
-    "deepspeed": "checkpoints need whole parameters; start with torchrun for several GPUs",
+    "deepspeed": "ZeRO-3 empties the weights that adapters read, and stages 1 and 2 save little of "
+    "an adapter's few parameters: use torchrun, with --shard_base true for a large base",
     "do_eval": "it has no effect",
     "do_predict": "it has no effect",
     "do_train": "it has no effect",
@@ -70,8 +71,8 @@ REFUSED = {
     "eval_use_gather_object": "evaluation is the package's",
     "fp16_full_eval": "evaluation runs in the training precision",
     "bf16_full_eval": "evaluation runs in the training precision",
-    "fsdp": "checkpoints need whole parameters; start with torchrun for several GPUs",
-    "fsdp_config": "checkpoints need whole parameters; start with torchrun for several GPUs",
+    "fsdp": "start with torchrun and --shard_base true: adapters stay whole",
+    "fsdp_config": "start with torchrun and --shard_base true: adapters stay whole",
     "greater_is_better": "the best is the highest value of the package's first metric",
     "hub_always_push": "nothing is uploaded",
     "hub_model_id": "nothing is uploaded",
@@ -108,35 +109,27 @@ def choose_device(name: str = "auto") -> torch.device:
     Raises:
         ConfigError: `cuda` where torch sees none.
     """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda: torch sees no CUDA device here; use auto or cpu")
-    if name == "cpu" or not torch.cuda.is_available():
+    if name == "cpu":
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
-def first_rank_decides(make: Callable[[], T], device: torch.device) -> T:
-    """Call `make` in the first process of a run only, and give its result to all of them.
-
-    For what must not be done twice, such as making the folder of a run. A `UserError` is raised in
-    all processes, so that none waits for the others.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return make()
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
-
-    state = PartialState(cpu=device.type == "cpu")  # alone it would not see the other processes
-    outcome: list[Any] = [None, None]
-    if state.is_main_process:
-        try:
-            outcome[0] = make()
-        except UserError as error:
-            outcome[1] = error
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
+    if not torch.cuda.is_available():
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        why = "torch sees no CUDA device here"
+        if torch.version.cuda is None and torch.version.hip is None:
+            why = f"torch {torch.__version__} is a build without CUDA"
+        elif hidden is not None:
+            why = f"CUDA_VISIBLE_DEVICES is {hidden!r}, which leaves torch no device"
+        if name == "cuda":
+            raise ConfigError(f"device cuda: {why}; use auto or cpu")
+        if hidden is not None:
+            warnings.warn(f"{why}: running on the CPU", stacklevel=2)
+        return torch.device("cpu")
+    own, devices = distributed.local_rank(), torch.cuda.device_count()
+    if own >= devices:
+        raise ConfigError(
+            f"more processes than GPUs: this is number {own + 1} of its machine, and torch sees "
+            f"{devices}; start one process per GPU (--nproc-per-node {devices})"
+        )
+    return torch.device("cuda", own)
 
 
 def choose_precision(name: str, device: torch.device | str) -> Precision:
@@ -194,6 +187,16 @@ def training_arguments(
     """
     if (steps is None) == (epochs is None):
         raise ConfigError("give the length of the training as steps or as epochs")
+    _check_numbers(
+        steps=steps,
+        batch_size=batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        log_steps=log_steps,
+        eval_steps=eval_steps,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
     device = choose_device(device) if isinstance(device, str) else device
     chosen = choose_precision(precision, device)
     end = 10**12  # a step that no run reaches: at the end only
@@ -219,7 +222,7 @@ def training_arguments(
         "use_cpu": device.type == "cpu",
         "optim": "adamw_torch_fused" if device.type == "cuda" else "adamw_torch",
         "lr_scheduler_type": "cosine",
-        "ddp_timeout": 7200,  # seconds: the other ranks wait while the first one evaluates
+        "ddp_timeout": distributed.TIMEOUT,
         "report_to": "none",
         "log_level": "error",
         "eval_strategy": "no",  # the trainer asks for evaluations itself
@@ -227,30 +230,46 @@ def training_arguments(
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,
     }
-    settings |= _checked(trainer or {})
-    atexit.register(_leave_group)
+    settings |= check_extra(trainer or {}, device)
+    distributed.join(device, settings["ddp_timeout"])
     return _build(settings)
 
 
-def _leave_group() -> None:
-    """End the process group before the interpreter ends.
+def _check_numbers(
+    epochs: float | None, learning_rate: float, seed: int, **counts: int | None
+) -> None:
+    """Refuse numbers with which no run can be meant, for callers without a `Guards`."""
+    problems = [
+        f"{name} is {value}: it must be at least 1"
+        for name, value in counts.items()
+        if value is not None and value < 1
+    ]
+    if epochs is not None and not 0 < epochs < float("inf"):
+        problems.append(f"epochs is {epochs}: it must be a finite number above 0")
+    if not 0 < learning_rate < float("inf"):
+        problems.append(f"learning_rate is {learning_rate}: it must be a finite number above 0")
+    if not 0 <= seed < 2**32:
+        problems.append(f"seed is {seed}: it must be 0 to {2**32 - 1}")
+    if problems:
+        raise ConfigError(listing(problems))
+    if learning_rate > 0.1:
+        warnings.warn(
+            f"learning rate {learning_rate:g} is very high for adapters: 1e-4 to 1e-2 is usual",
+            stacklevel=3,
+        )
 
-    gloo's threads can outlive even the group and then abort the interpreter (SIGABRT, one run of
-    25), so a command that is through leaves at once with its own status.
+
+def check_extra(
+    extra: Mapping[str, Any], device: torch.device, metrics: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Check the names and types of `--trainer.NAME value`, and give the values in their types.
+
+    Args:
+        metrics: names of what the package measures, the first of which the best follows.
+
+    Raises:
+        ConfigError: all of them that are unknown, set elsewhere, or cannot work on this device.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    gloo = torch.distributed.get_backend() == "gloo"
-    torch.distributed.destroy_process_group()
-    if gloo and errors.last_status is not None:
-        with contextlib.suppress(OSError, ValueError):  # a reader that has left
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(errors.last_status)
-
-
-def _checked(extra: dict[str, Any]) -> dict[str, Any]:
-    """Check the names and types of `--trainer.NAME value`."""
     from transformers import TrainingArguments
 
     hints = get_type_hints(TrainingArguments)
@@ -261,9 +280,18 @@ def _checked(extra: dict[str, Any]) -> dict[str, Any]:
     for name, value in extra.items():
         place = f"--trainer.{name}"
         if name in SET_BY_US or name in REFUSED:
-            problems.append(f"{place} cannot be set: {(SET_BY_US | REFUSED)[name]}")
+            measured = f" ({', '.join(metrics)})" if "first metric" in REFUSED.get(name, "") else ""
+            why = f"{(SET_BY_US | REFUSED)[name]}{measured if metrics else ''}"
+            problems.append(f"{place} cannot be set: {why}")
         elif name not in names:
             problems.append(f"unknown {place}; {near(name, allowed) or 'see TrainingArguments'}")
+        elif name == "tf32" and value is True and device.type == "cpu":
+            problems.append(f"{place} is for NVIDIA GPUs since Ampere, not for cpu: leave it out")
+        elif name == "run_name" and re.search(r"[/\\\\\0]|\.\.", str(value)):
+            problems.append(f"{place} {config_types.shown(value)}: a name, without / \\ and ..")
+        elif name == "report_to":
+            problems += _missing_reporters(value, place)
+            checked[name] = value
         elif name == "lr_scheduler_type" and value in ("reduce_lr_on_plateau", "greedy"):
             problems.append(f"{place} {value}: a resumed run could not continue it exactly")
         else:
@@ -280,9 +308,34 @@ def _typed(hint: Any, value: Any, place: str) -> Any:
     """Check a value where its type is a plain one: the dataclass itself checks nothing."""
     plain = {bool, int, float, str, type(None)}
     kinds = config_types.kinds(hint)
+    names = [
+        str(item.value)
+        for kind in kinds
+        if isinstance(kind, type) and issubclass(kind, Enum)
+        for item in kind
+    ]
+    if names and value not in names:
+        hint = near(value, names) or f"expected one of {', '.join(names[:8])}, ..."
+        raise ConfigError(f"{place}: unknown {config_types.shown(value)}; {hint}")
     if all(kind in plain or get_origin(kind) in (list, Literal) for kind in kinds):
         return config_types.accept(hint, value, place)
     return value
+
+
+def _missing_reporters(value: Any, place: str) -> list[str]:
+    """What is wrong with the tools that the figures are to be reported to."""
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    here = get_available_reporting_integrations()
+    problems = []
+    for name in [value] if not isinstance(value, list) else value:
+        if name not in INTEGRATION_TO_CALLBACK and name not in ("none", "all"):
+            hint = near(name, INTEGRATION_TO_CALLBACK) or "try tensorboard, or leave it out"
+            problems.append(f"{place}: unknown tool {config_types.shown(name)}; {hint}")
+        elif name in INTEGRATION_TO_CALLBACK and name not in here:
+            problems.append(f"{place} {name}: it is not installed; pip install {name}")
+    return problems
 
 
 def _build(settings: dict[str, Any]) -> TrainingArguments:

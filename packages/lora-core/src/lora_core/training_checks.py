@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +22,21 @@ def check_samples(train_set: Any, args: TrainingArguments) -> None:
     needed = args.per_device_train_batch_size * args.world_size if args.dataloader_drop_last else 1
     if len(train_set) < needed:
         raise DataError(
-            f"{len(train_set)} training samples make no batch: at least {needed} are needed"
+            f"0 batches per epoch: {len(train_set)} training samples make no batch, at least "
+            f"{needed} are needed: add samples, or lower the batch size"
         )
 
 
 def check_trainable(model: nn.Module) -> None:
     """Insist on something to train, in fp32: half precision would lose the small updates."""
+    from lora_core.injection import lora_layers
+
+    merged = {name for layer in lora_layers(model).values() for name in layer.lora_merged}
+    if merged:
+        raise ConfigError(
+            f"the adapters {', '.join(sorted(merged))} are merged into the weights, where they "
+            "would be trained on top of themselves: call unmerge(model) first"
+        )
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise ConfigError("nothing to train: no parameter of the model requires a gradient")
@@ -36,17 +45,57 @@ def check_trainable(model: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def check_finite(model: nn.Module, window: dict[str, list[Any]], step: int) -> None:
-    """Stop before a NaN reaches the weights and the moments; DDP has it on all ranks alike."""
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    if not grads or torch.isfinite(torch.nn.utils.get_total_norm(grads)):
+def check_depends(loss: Tensor, step: int) -> None:
+    """Insist on a loss that some trained parameter has a part in."""
+    if not loss.requires_grad:
+        raise NumericError(
+            f"step {step}: the loss has no gradient, as no trained parameter takes part in it. "
+            "Part of the model runs under no_grad, or in reentrant checkpointing"
+        )
+
+
+def check_identity(model: nn.Module, loss: Callable[[], float]) -> None:
+    """Before the first update the adapted model gives what its base gives.
+
+    Not asked of adapters that have learnt before (a warm start).
+
+    Args:
+        loss: computes the loss of the first batch with the model as it is.
+
+    Raises:
+        NumericError: the losses with and without adapters differ.
+    """
+    from lora_core.injection import adapters_off
+
+    with untouched(model):
+        adapted = loss()
+    with untouched(model), adapters_off(model):
+        base = loss()
+    # fp32 differs in the last digits where an initial pair is subtracted again; autocast more.
+    close = math.isclose(adapted, base, rel_tol=1e-2, abs_tol=1e-4)
+    if close or not (math.isfinite(adapted) and math.isfinite(base)) or not is_initial(model):
         return
-    parts = [name for name, (total, _) in window.items() if not math.isfinite(float(total))]
     raise NumericError(
-        f"step {step}: the gradient is not finite, so no weight was changed. "
-        f"Not finite in the loss: {', '.join(parts) or 'nothing, only its gradient'}. "
-        "Lower the learning rate, use fp32 or bf16, or look for a bad sample"
+        f"before the first update the adapted model must equal its base, but the loss of the first "
+        f"batch is {adapted:.6g} with adapters and {base:.6g} without: a layer computes something "
+        "else since it was adapted, or its weights were changed afterwards"
     )
+
+
+def is_initial(model: nn.Module) -> bool:
+    """Whether no adapter has learnt: B (of embeddings A) is zero, or the pair the initial one."""
+    from lora_core.injection import lora_layers
+
+    for layer in lora_layers(model).values():
+        for adapter in layer.lora_live():
+            for weight in layer.lora_adapters[adapter].weight_names:
+                A, B = layer.lora_factors(adapter, weight)
+                initial = layer.lora_initial(adapter, weight)
+                if initial is None and bool(A.any()) and bool(B.any()):
+                    return False
+                if initial and not all(map(torch.equal, (A, B), initial)):
+                    return False
+    return True
 
 
 def check_moved(model: nn.Module, before: dict[str, Tensor]) -> None:

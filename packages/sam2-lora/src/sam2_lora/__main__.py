@@ -11,6 +11,7 @@ from lora_core.report import say
 
 COMMANDS = {
     "train": "train a LoRA on your pictures and masks",
+    "find-lr": "a learning rate for your data, from a hundred updates",
     "evaluate": "IoU and Dice of a base model, an adapter or a merged model",
     "predict": "masks for pictures, from points, boxes, or by themselves",
     "merge": "adapter and base to an official checkpoint",
@@ -43,7 +44,7 @@ def dispatch(argv: Sequence[str]) -> int:
     command, *rest = argv
     if command not in COMMANDS:
         raise ConfigError(f"sam2-lora has no command {command!r}; {near(command, COMMANDS)}")
-    module = "demo_run" if command == "demo" else command
+    module = {"demo": "demo_run", "find-lr": "find_lr"}.get(command, command)
     return import_module(f"sam2_lora.{module}").main(rest)
 
 

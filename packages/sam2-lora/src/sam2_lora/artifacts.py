@@ -22,8 +22,11 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_core import settings
 from lora_core.config import dump
 from lora_core.errors import CheckpointError, ConfigError
+from lora_core.report import say
+from lora_core.settings import as_yaml
 from sam2_lora.config import Config
 
 if TYPE_CHECKING:
@@ -51,32 +54,59 @@ class Run:
     def state(self) -> Path:
         return self.folder / "state"
 
+    @property
+    def summary(self) -> Path:
+        """Written last, when the whole run is through."""
+        return self.folder / "training_summary.json"
+
     def csv(self, cfg: Config) -> Path:
         return Path(cfg.logs_dir) / f"training_metrics_lora_{self.stamp}.csv"
 
 
 def new_run(cfg: Config, size: str) -> Run:
-    """Make the folder of a new run, which holds its settings; never one that exists.
+    """Make the folder of a new run, which holds its settings, and its CSV; never some that exist.
 
     Raises:
-        ConfigError: the folder cannot be made.
+        ConfigError: they cannot be made.
     """
+    if earlier := unfinished(cfg):
+        say(f"an unfinished run has the same settings; to continue it: --resume {earlier}")
     start = f"sam2_{size}_lora_r{cfg.lora_rank}_a{cfg.lora_alpha:g}_lr{plain(cfg.learning_rate)}"
     now = datetime.now().strftime("%Y%m%d_%H%M")
     for attempt in count(1):
         stamp = now if attempt == 1 else f"{now}_{attempt}"  # two runs within one minute
         run = Run(Path(cfg.output_dir) / f"{start}_{stamp}", stamp)
         try:
-            run.folder.mkdir(parents=True)
-        except FileExistsError as error:
-            if not run.folder.is_dir():
-                raise ConfigError(f"--output_dir: {error.filename} is a file") from error
+            # A run with another rank or output folder has another name, but could have this CSV.
+            run.csv(cfg).parent.mkdir(parents=True, exist_ok=True)
+            run.csv(cfg).open("x").close()
+        except FileExistsError:
             continue
         except OSError as error:
+            raise ConfigError(f"--logs_dir {run.csv(cfg).absolute()}: {error.strerror}") from error
+        try:
+            run.folder.mkdir(parents=True)
+        except FileExistsError:
+            run.csv(cfg).unlink()
+            continue
+        except OSError as error:
+            run.csv(cfg).unlink()
             raise ConfigError(f"--output_dir {run.folder.absolute()}: {error.strerror}") from error
         dump(cfg, run.config)
         return run
     raise AssertionError("unreachable")
+
+
+def unfinished(cfg: Config) -> Path | None:
+    """The latest run in the output folder with the same settings that stopped before its end."""
+    wanted = as_yaml(cfg)
+    for folder in sorted(Path(cfg.output_dir).glob("sam2_*"), reverse=True):
+        saved = any(folder.glob("state/checkpoint-*/"))
+        stopped = saved and not (folder / "training_summary.json").exists()
+        config = folder / "config.yaml"
+        if stopped and config.is_file() and config.read_text("utf-8", "replace") == wanted:
+            return folder
+    return None
 
 
 def find_run(resume: str) -> Run:
@@ -101,6 +131,16 @@ def find_run(resume: str) -> Run:
     return Run(folder, name["stamp"])
 
 
+def checkpoint_of(run: Run, resume: str) -> str | bool:
+    """What `--resume` continues from: the state that a file names, or the last whole one (True)."""
+    from lora_core import checkpoint
+
+    name = _LATEST.fullmatch(Path(resume).name)
+    if name is None or Path(resume).is_dir():
+        return True
+    return str(checkpoint.folder(run.state, int(name["step"])))
+
+
 def plain(value: float) -> str:
     """Write a learning rate as people do: 1e-3, 2.5e-4."""
     mantissa, exponent = f"{value:e}".split("e")
@@ -110,8 +150,9 @@ def plain(value: float) -> str:
 class Artifacts:
     """Writes the results of a run: adapters and merged models, the best few of them kept."""
 
-    def __init__(self, run: Run, model: Sam2Model, cfg: Config) -> None:
-        self.run, self.model, self.cfg = run, model, cfg
+    def __init__(self, run: Run, model: Sam2Model, cfg: Config, data: str = "") -> None:
+        """Write into `run`; `data` is the fingerprint of the pictures and masks."""
+        self.run, self.model, self.cfg, self.data = run, model, cfg, data
 
     def best(self, step: int, metrics: Mapping[str, float]) -> None:
         """Save the adapter and the verified merged model of a new best step."""
@@ -173,11 +214,13 @@ class Artifacts:
         }
         from lora_core.tensor_file import atomic_write
 
-        with atomic_write(self.run.folder / "training_summary.json") as file:
+        with atomic_write(self.run.summary) as file:
             file.write(json.dumps(content, indent=2).encode())
 
     def _facts(self, step: int, metrics: Mapping[str, float] | None = None) -> dict[str, Any]:
         """What an adapter file says about its making; `state` leads back to the whole state."""
+        from lora_core.adapter_origin import commit
+
         facts = {
             "step": step,
             "state": f"state/checkpoint-{step}",
@@ -187,6 +230,9 @@ class Artifacts:
             "learning_rate": self.cfg.learning_rate,
             "weight_decay": self.cfg.weight_decay,
             "seed": self.cfg.seed,
+            "data": self.data,
+            "commit": commit(),
+            "settings": settings.plain(self.cfg),
         }
         if metrics is not None:
             facts |= {"iou": metrics["iou"], "dice": metrics["dice"]}

@@ -6,14 +6,25 @@ counted. "bbox" and "area" are not used; both follow from the mask.
 
 from __future__ import annotations
 
+import os
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_core.errors import DataError
-from sam2_lora.encodings import decode_counts, ring_of
+from lora_core.errors import DataError, one_line
+from sam2_lora.encodings import ring_of
 from sam2_lora.masks import Size
-from sam2_lora.records import Reading, Record, Shape, inside, is_whole, key_of, read_json
+from sam2_lora.records import (
+    Reading,
+    Record,
+    Shape,
+    inside,
+    is_whole,
+    key_of,
+    not_finite,
+    read_json_of_many,
+)
 
 ROBOFLOW = "_annotations.coco.json"
 
@@ -69,41 +80,68 @@ def _split_of(path: Path, splits: dict[str, tuple[str, ...]]) -> tuple[str, str]
     return "all", ""
 
 
-def read_coco(file: CocoFile, root: Path) -> Reading:
-    """Records of one COCO file, sorted by key; problems are collected."""
-    reading = Reading()
+def read_coco(file: CocoFile, reading: Reading) -> None:
+    """Add the records of one COCO file, sorted by key; problems are collected.
+
+    Raises:
+        DataError: the file as a whole cannot be used.
+    """
     path = file.path
-    with reading.collecting():
-        content = read_json(path)
-        if not isinstance(content, dict):
-            raise DataError(f"{path}: expected an object with images, annotations and categories")
-        images, annotations = (_list(content, name, path) for name in ("images", "annotations"))
-        categories = _categories(content.get("categories"), path)
-        pictures = _pictures(images, file, reading)
-        shapes: dict[object, list[Shape]] = {number: [] for number in pictures}
-        for number, annotation in enumerate(annotations):
-            where = f"{path}: annotation {_name(annotation, number)}"
-            with reading.collecting(where):
-                _add(annotation, categories, pictures, shapes, where, reading)
-        reading.records += [
-            Record(key_of(picture, root), picture, size, tuple(shapes[number]))
-            for number, (picture, size) in pictures.items()
-            if size is not None
-        ]
-        reading.records.sort(key=lambda record: record.key)
-    return reading
+    content, finite = read_json_of_many(path)
+    if not isinstance(content, dict):
+        raise DataError(
+            f"{one_line(path)}: expected an object with images, annotations and categories"
+        )
+    images, annotations = (_list(content, name, path) for name in ("images", "annotations"))
+    categories = _categories(content.get("categories"), path)
+    _find_doubled_ids(annotations, "annotation", path, reading)
+    _find_doubled_ids([_renamed(item) for item in images], "image", path, reading)
+    pictures = _pictures(images, file, finite, reading)
+    shapes: dict[object, list[Shape]] = {number: [] for number in pictures}
+    for number, annotation in enumerate(annotations):
+        where = f"{one_line(path)}: annotation {_name(annotation, number)}"
+        with reading.collecting(where, _owner(annotation, pictures) or where):
+            if not finite and (wrong := not_finite(annotation)):
+                raise DataError(wrong)
+            _add(annotation, categories, pictures, shapes, where, reading)
+    reading.records += [
+        Record(picture.key, picture.path, picture.size, tuple(shapes[number]))
+        for number, picture in pictures.items()
+        if picture.size is not None
+    ]
+    reading.records.sort(key=lambda record: record.key)
+
+
+def _owner(annotation: Any, pictures: dict[object, Picture]) -> str:
+    """The sample that an annotation belongs to, or ""."""
+    identity = annotation.get("image_id") if isinstance(annotation, dict) else None
+    known = _is_id(identity) and identity in pictures
+    return pictures[identity].key if known else ""
+
+
+def _find_doubled_ids(items: list[Any], what: str, path: Path, reading: Reading) -> None:
+    """Report ids that stand twice: which of the two is meant elsewhere cannot be known."""
+    ids = [item["id"] for item in items if isinstance(item, dict) and _is_id(item.get("id"))]
+    twice = [repr(identity) for identity, count in Counter(ids).items() if count > 1]
+    if twice:
+        shown = ", ".join(twice[:20]) + (f" and {len(twice) - 20} more" if twice[20:] else "")
+        reading.problems.append(f"{one_line(path)}: {what} ids that stand twice: {shown}")
+
+
+def _is_id(value: object) -> bool:
+    return is_whole(value) or isinstance(value, str)
 
 
 def _list(content: dict[str, Any], name: str, path: Path) -> list[Any]:
     value = content.get(name)
     if not isinstance(value, list):
-        raise DataError(f'{path}: "{name}" is missing or not a list')
+        raise DataError(f'{one_line(path)}: "{name}" is missing or not a list')
     return value
 
 
 def _name(item: Any, number: int) -> str:
     """How a record is called in messages: its id, or its place in the list."""
-    known = isinstance(item, dict) and isinstance(item.get("id"), int | str)
+    known = isinstance(item, dict) and _is_id(item.get("id"))
     return repr(item["id"]) if known else f"number {number + 1} (without id)"
 
 
@@ -111,42 +149,67 @@ def _categories(items: Any, path: Path) -> dict[object, str]:
     if items is None:
         return {}
     if not isinstance(items, list):
-        raise DataError(f'{path}: "categories" is not a list')
+        raise DataError(f'{one_line(path)}: "categories" is not a list')
     names: dict[object, str] = {}
     for number, item in enumerate(items):
-        if not isinstance(item, dict) or not isinstance(item.get("id"), int | str):
-            raise DataError(f"{path}: category number {number + 1} has no id")
+        if not isinstance(item, dict) or not _is_id(item.get("id")):
+            raise DataError(f"{one_line(path)}: category number {number + 1} has no id")
         if item["id"] in names:
-            raise DataError(f"{path}: the category id {item['id']!r} stands twice")
+            raise DataError(f"{one_line(path)}: the category id {item['id']!r} stands twice")
         names[item["id"]] = str(item.get("name", item["id"]))
     return names
 
 
+class Picture(NamedTuple):
+    """An image record's file; the size is None where it is unusable, which is reported."""
+
+    key: str
+    path: Path
+    size: Size | None
+
+
 def _pictures(
-    items: list[Any], file: CocoFile, reading: Reading
-) -> dict[object, tuple[Path, Size | None]]:
-    """Image id -> path and size; the size is None where the picture is unusable (and reported)."""
+    items: list[Any], file: CocoFile, finite: bool, reading: Reading
+) -> dict[object, Picture]:
+    """Image id -> its picture."""
     folder = _folder(items, file)
-    found: dict[object, tuple[Path, Size | None]] = {}
+    found: dict[object, Picture] = {}
+    named: list[tuple[object, dict[str, Any], Path, str]] = []
     paths: dict[Path, object] = {}
     for number, item in enumerate(items):
-        where = f"{file.path}: image {_name(item, number)}"
-        with reading.collecting(where):
+        where = f"{one_line(file.path)}: image {_name(item, number)}"
+        with reading.collecting(where, sample=where):
             if not isinstance(item, dict):
                 raise DataError("expected an object with id and file_name")
-            identity = item.get("id", item.get("image_id"))  # one exporter writes image_id
-            if not is_whole(identity) and not isinstance(identity, str):
+            identity = _renamed(item).get("id")
+            if not _is_id(identity):
                 raise DataError(f"its id is {identity!r}, expected a whole number or text")
-            if identity in found:
-                raise DataError("the id stands twice")
-            found[identity] = (file.path, None)
-            picture = inside(folder, item.get("file_name"))
-            if picture in paths:
-                raise DataError(f"{picture.name} is image {paths[picture]!r} already")
-            paths[picture] = identity
-            size = reading.size_of(picture, _declared(item), "it says")
-            found[identity] = (picture, size)
+            found[identity] = Picture(where, file.path, None)
+            if not finite and (wrong := not_finite(item)):
+                raise DataError(wrong)
+            path = inside(folder, item.get("file_name"), reading)
+            if path in paths:
+                reading.problems.append(
+                    f"{where}: {one_line(path.name)} is image {paths[path]!r} already"
+                )
+                continue
+            paths[path] = identity
+            named.append((identity, item, path, where))
+    reading.measure(paths)
+    for identity, item, path, where in named:
+        key = key_of(path, reading.root)
+        found[identity] = Picture(key, path, None)
+        with reading.collecting(where, sample=key):
+            size = reading.size_of(path, _declared(item), "it says")
+            found[identity] = Picture(key, path, size)
     return found
+
+
+def _renamed(item: Any) -> dict[str, Any]:
+    """An image record with its id; one exporter writes image_id."""
+    if not isinstance(item, dict):
+        return {}
+    return item if "id" in item else {**item, "id": item.get("image_id")}
 
 
 def _folder(items: list[Any], file: CocoFile) -> Path:
@@ -155,7 +218,7 @@ def _folder(items: list[Any], file: CocoFile) -> Path:
     if names and isinstance(names[0], str) and "\0" not in names[0]:
         first = names[0].replace("\\", "/")
         for folder in file.folders:
-            if (folder / first).exists():
+            if os.path.exists(folder / first):  # false for names that are too long
                 return folder
     return next((folder for folder in file.folders if folder.is_dir()), file.folders[-1])
 
@@ -173,7 +236,7 @@ def _declared(item: dict[str, Any]) -> Size | None:
 def _add(
     item: Any,
     categories: dict[object, str],
-    pictures: dict[object, tuple[Path, Size | None]],
+    pictures: dict[object, Picture],
     shapes: dict[object, list[Shape]],
     where: str,
     reading: Reading,
@@ -182,14 +245,16 @@ def _add(
     if not isinstance(item, dict):
         raise DataError("expected an object")
     image, category = item.get("image_id"), item.get("category_id")
-    if not isinstance(image, int | str) or image not in pictures:
+    if not _is_id(image) or image not in pictures:
         raise DataError(f"image_id {image!r} is not among the images")
-    size = pictures[image][1]
+    size = pictures[image].size
     if size is None:
         return  # the picture itself is reported
     if category is None and not categories:
         label = "object"
-    elif isinstance(category, int | str) and category in categories:
+    elif _is_id(category) and not categories:
+        label = f"category_{category}"
+    elif _is_id(category) and category in categories:
         label = categories[category]
     else:
         raise DataError(f"category_id {category!r} is not among the categories")
@@ -200,10 +265,10 @@ def _add(
 
 
 def _shape(segmentation: Any, size: Size, label: str, where: str) -> Shape:
-    """An annotation's outlines or run lengths, checked.
+    """An annotation's outlines, checked, or its run lengths, which are checked in decoding.
 
     Raises:
-        DataError: no mask, or one that cannot be decoded.
+        DataError: no mask, or one that means nothing.
     """
     if isinstance(segmentation, dict):
         stated, counts = segmentation.get("size"), segmentation.get("counts")
@@ -212,11 +277,20 @@ def _shape(segmentation: Any, size: Size, label: str, where: str) -> Shape:
             raise DataError(f"run lengths: size {stated!r}, expected {list(size)}{swapped}")
         if not isinstance(counts, str | list):
             raise DataError("run lengths: counts are missing")
-        decode_counts(counts, size)
         return Shape("counts", counts, label, where)
     if not segmentation or not isinstance(segmentation, list):
         raise DataError("it has no segmentation: masks are needed, a bbox is not enough")
     if not isinstance(segmentation[0], list):  # one outline that is not wrapped in a list
         segmentation = [segmentation]
-    parts = [ring_of(points, size) for points in segmentation]
-    return Shape("parts", parts, label, where)
+    rings = [ring for part in segmentation for ring in _rings(part)]
+    return Shape("parts", [ring_of(points, size) for points in rings], label, where)
+
+
+def _rings(part: Any, deeper: int = 1) -> list[Any]:
+    """The outlines in a part: itself, or those in it if it is nested one level too deep."""
+    nested = isinstance(part, list) and any(
+        isinstance(item, list) and (len(item) != 2 or isinstance(item[0], list)) for item in part
+    )
+    if not (nested and deeper):
+        return [part]
+    return [ring for item in part for ring in _rings(item, deeper - 1)]

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import math
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lora_core.config import option
+from lora_core.config import MAX_FLOAT, option
+from lora_core.config_types import shown
 from lora_core.errors import ConfigError, near
-from lora_core.guards import Guards
+from lora_core.guards import Guards, count_problem
 
+AT_LEAST_ONE = (
+    "steps", "batch_size", "lora_rank", "max_objects", "gradient_accumulation_steps", "eval_steps",
+    "log_steps", "patience", "keep_best",
+)  # fmt: skip
+AT_LEAST_ZERO = ("max_val_images", "num_workers", "warmup_steps", "min_object_area", "seed")
+LARGEST_SIDE = 16384  # pixels of the model's input
 STRIDE = 32  # Hiera: patches of 4 pixels, window positions of 8 patches
 # Preset of `--targets` -> roles of `placement`.
 PRESETS = {
@@ -37,7 +45,7 @@ class Config(Guards):
     steps: int = option(10_000, "Optimizer updates.", "optimisation")
     batch_size: int = option(1, "Images per step and device.", "optimisation")
     lora_rank: int = option(8, "Rank r of every adapter.", "lora")
-    lora_alpha: float = option(16, "The update is scaled by alpha / r.", "lora")
+    lora_alpha: float = option(16.0, "The update is scaled by alpha / r.", "lora")
     lora_dropout: float = option(0.05, "Dropout on the adapters' input, 0 <= p < 1.", "lora")
 
     # -- what is adapted -----------------------------------------------------------------------
@@ -54,6 +62,9 @@ class Config(Guards):
         "lora",
     )
     adapter: str | None = option(None, "Start from this adapter (warm start).", "lora")
+    allow_partial: bool = option(
+        False, "With --adapter: use what fits where tensors are missing or unexpected.", "lora"
+    )
     image_size: str = option(
         "1024", "Model input: a side such as 1024, or HEIGHTxWIDTH such as 256x1600.", "model"
     )
@@ -82,6 +93,9 @@ class Config(Guards):
         "Meaning of mask values in folders: binary (0 and one other value), instances (one id per "
         "object), labels (one index per class). auto accepts only masks that are evidently binary.",
         "data",
+    )
+    follow_links: bool = option(
+        False, "Read files outside of the data folder that links in it lead to.", "data"
     )
     dataset_size: Literal["full", "500", "1000", "2000"] = option(
         "full", "Use subsets/{N}_subset of the Severstal splits for training.", "data"
@@ -130,7 +144,10 @@ class Config(Guards):
     logs_dir: str = option("logs", "training_metrics_lora_{timestamp}.csv goes here.", "output")
     keep_best: int = option(3, "How many of the best adapters and merged models to keep.", "output")
     resume: str | None = option(
-        None, "Continue this unfinished run: its folder or its latest_lora_step file.", "output"
+        None,
+        "Continue this unfinished run: its folder or its latest_lora_step file. latest: the last "
+        "one with the same settings, or a new run if there is none.",
+        "output",
     )
     tensorboard: bool = option(
         True, "Write TensorBoard curves and pictures if installed.", "output"
@@ -144,47 +161,41 @@ class Config(Guards):
     cache_gb: float = option(50.0, "Upper bound of the embedding cache in 10^9 bytes.", "output")
     trainer: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in (
-            "steps",
-            "batch_size",
-            "lora_rank",
-            "max_objects",
-            "gradient_accumulation_steps",
-            "eval_steps",
-            "log_steps",
-            "patience",
-            "keep_best",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name} is {getattr(self, name)}: it must be at least 1")
-        for name in ("max_val_images", "num_workers", "warmup_steps", "min_object_area"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"--{name} is {getattr(self, name)}: it must not be negative")
+    def problems(self) -> Iterator[str]:
+        """Yield what cannot work, each as one line."""
+        yield from super().problems()
+        for name in AT_LEAST_ONE:
+            yield from count_problem(self, name, 1)
+        for name in AT_LEAST_ZERO:
+            yield from count_problem(self, name, 0)
         for name in ("learning_rate", "lora_alpha", "max_grad_norm", "cache_gb"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"--{name} is {value}: it must be a finite number above 0")
+            if not 0 < value <= MAX_FLOAT:  # which NaN is not
+                yield f"--{name} is {value}: it must be a finite number above 0"
         if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"--lora_dropout is {self.lora_dropout}: it must be 0 <= p < 1")
+            yield f"--lora_dropout is {self.lora_dropout}: it must be 0 <= p < 1"
         if not 0 < self.val_fraction < 1:
-            raise ConfigError(f"--val_fraction is {self.val_fraction}: it must be between 0 and 1")
+            yield f"--val_fraction is {self.val_fraction}: it must be between 0 and 1"
         if not 0 <= self.box_jitter < 0.5:
-            raise ConfigError(f"--box_jitter is {self.box_jitter}: it must be 0 <= share < 0.5")
+            yield f"--box_jitter is {self.box_jitter}: it must be 0 <= share < 0.5"
         if not 0 <= self.correction_clicks <= 7:
-            raise ConfigError(f"--correction_clicks is {self.correction_clicks}: it must be 0 to 7")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise ConfigError(f"--weight_decay is {self.weight_decay}: it must be 0 or more")
-        self.size  # noqa: B018 - raises on a bad --image_size
-        self.preset  # noqa: B018 - raises on a bad --targets
-        if self.cache_dir and not self.decoder_only:
-            raise ConfigError(
+            yield f"--correction_clicks is {self.correction_clicks}: it must be 0 to 7"
+        for name in ("weight_decay", "min_delta"):
+            value = getattr(self, name)
+            if not 0 <= value <= MAX_FLOAT:
+                yield f"--{name} is {value}: it must be a finite number of 0 or more"
+        for read in (lambda: self.size, lambda: self.preset):
+            try:
+                read()
+            except ConfigError as error:
+                yield str(error)
+        if self.cache_dir and not self.targets.startswith("decoder"):
+            yield (
                 f"--cache_dir needs an unchanged encoder, not --targets {self.targets}: "
                 "use --targets decoder or decoder_attention"
             )
         if self.cache_dir and self.hflip:
-            raise ConfigError("--cache_dir keeps one embedding per picture: add --hflip false")
+            yield "--cache_dir keeps one embedding per picture: add --hflip false"
 
     @property
     def size(self) -> tuple[int, int]:
@@ -197,7 +208,10 @@ class Config(Guards):
         name, plus, extra = self.targets.partition("+")
         if name not in PRESETS or (plus and extra != "heads"):
             choices = [*PRESETS, *(f"{preset}+heads" for preset in PRESETS)]
-            raise ConfigError(f"unknown --targets {self.targets!r}; {near(self.targets, choices)}")
+            raise ConfigError(
+                f"unknown --targets {shown(self.targets)}; "
+                f"{near(self.targets, choices) or 'one of ' + ', '.join(choices)}"
+            )
         return name, bool(plus)
 
     @property
@@ -212,10 +226,15 @@ def parse_size(text: str) -> tuple[int, int]:
     Raises:
         ConfigError: anything else, with the nearest size that works.
     """
-    sides = str(text).lower().split("x")
-    if len(sides) > 2 or not all(side.isdigit() for side in sides):
-        raise ConfigError(f"--image_size {text!r}: expected 1024 or HEIGHTxWIDTH such as 256x1600")
+    text = str(text)
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(re.fullmatch("[0-9]{1,15}", side) for side in sides):
+        raise ConfigError(
+            f"--image_size {shown(text)}: expected 1024 or HEIGHTxWIDTH such as 256x1600"
+        )
     numbers = [int(side) for side in sides]
+    if max(numbers) > LARGEST_SIDE:
+        raise ConfigError(f"--image_size {text}: a side is at most {LARGEST_SIDE} pixels")
     if any(number < STRIDE or number % STRIDE for number in numbers):
         nearest = "x".join(str(max(1, round(number / STRIDE)) * STRIDE) for number in numbers)
         raise ConfigError(f"--image_size {text}: not multiples of {STRIDE}; try {nearest}")

@@ -10,9 +10,9 @@ not change it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,22 +21,30 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from lora_core.errors import ConfigError, DataError, printable
+from lora_core.errors import printable
+from lora_core.loading import retried
 from lora_core.report import table
+from lora_core.validate import Bad
 from sam2_lora.config import Config
-from sam2_lora.formats import SPLITS, find, read
+from sam2_lora.formats import SPLITS
 from sam2_lora.image import preprocess, read_image, to_model_boxes, to_model_points
 from sam2_lora.masks import Object, Size, resized
 from sam2_lora.prompts import Mask, box_of, jittered, random_pixel
 from sam2_lora.records import Reading, Record
 from sam2_lora.survey import (
     Counts,
+    Facts,
     Found,
-    check,
-    doubles,
+    Parts,
+    counted,
+    file_length,
+    identity,
+    left_out,
     objects_of,
-    split_by_name,
-    subset,
+    read_parts,
+    remarks,
+    settled,
+    without,
 )
 
 MAX_LISTED = 20  # classes in the printed table
@@ -64,11 +72,12 @@ class TrainSet(Dataset[Sample]):
 
     Attributes:
         features: record -> features to use instead of the picture; None reads the picture.
+        counts: number of objects in each picture, where that is known.
     """
 
-    def __init__(self, records: Sequence[Record], cfg: Config) -> None:
+    def __init__(self, records: Sequence[Record], cfg: Config, counts: Sequence[int] = ()) -> None:
         self.records = list(records)
-        self.cfg = cfg
+        self.cfg, self.counts = cfg, counts
         self.features: Callable[[Record], dict[str, Tensor]] | None = None
         # Shared memory: workers that outlive an epoch must hear of the next one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -77,6 +86,10 @@ class TrainSet(Dataset[Sample]):
         """Choose the epoch whose flips, prompts and choices of objects the samples show."""
         self._epoch.fill_(epoch)
 
+    def name_of(self, index: int) -> str:
+        """The picture's name, for messages."""
+        return self.records[index].key
+
     def __len__(self) -> int:
         return len(self.records)
 
@@ -84,7 +97,7 @@ class TrainSet(Dataset[Sample]):
         record, size = self.records[index], self.cfg.size
         rng = np.random.default_rng([self.cfg.seed % 2**32, int(self._epoch), index])
         flip = self.cfg.hflip and bool(rng.random() < 0.5)
-        found = objects_of(record, self.cfg)
+        found = retried(lambda: objects_of(record, self.cfg))
         if flip:
             found = Found(*([item.mirrored() for item in group] for group in found))
         chosen = found.kept
@@ -106,7 +119,7 @@ class TrainSet(Dataset[Sample]):
     def _inputs(self, record: Record, flip: bool) -> dict[str, Tensor]:
         if self.features is not None:
             return self.features(record)
-        rgb = read_image(record.image)
+        rgb = retried(lambda: read_image(record.image))
         if flip:
             rgb = np.ascontiguousarray(rgb[:, ::-1])
         return {"pixel_values": preprocess(rgb, self.cfg.size)}
@@ -225,8 +238,9 @@ class EvalSet(Dataset[EvalRecord]):
 
     def __getitem__(self, index: int) -> EvalRecord:
         record = self.records[index]
-        found = objects_of(record, self.cfg)
-        return EvalRecord(record.key, read_image(record.image), found.kept, found.small)
+        found = retried(lambda: objects_of(record, self.cfg))
+        rgb = retried(lambda: read_image(record.image))
+        return EvalRecord(record.key, rgb, found.kept, found.small)
 
     def __iter__(self) -> Iterator[EvalRecord]:
         return (self[index] for index in range(len(self)))
@@ -245,6 +259,7 @@ class Splits:
     classes: tuple[str, ...]  # sorted
     counts: dict[str, Counts]  # by split name
     notes: tuple[str, ...]
+    bad: tuple[Bad, ...] = ()  # what was left out, and why
 
     def __str__(self) -> str:
         header = ("split", "pictures", "without objects", "objects", "too small")
@@ -262,25 +277,65 @@ class Splits:
         return printable("\n".join([*lines, *(f"note: {note}" for note in self.notes)]))
 
 
-def load(cfg: Config) -> Splits:
-    """Read a data set as `cfg` describes it, and check all of it that can be checked early.
+def fingerprint(splits: Splits) -> str:
+    """Identity of the pictures that are trained on and validated with: 32 hexadecimal digits.
 
-    Without a validation split, `cfg.val_fraction` of the training pictures become one.
+    Names in the data set, lengths of the files, sizes and annotations, in the order of training;
+    not where the data lies, when it was copied, or the settings of the run. Pictures that were
+    left out as bad are no part of it: without them the others have other numbers.
 
     Raises:
-        DataError: no data, or faults in it: all of them together, the first 20 in full.
+        DataError: a file that was there is gone.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, records in (("train", splits.train.records), ("val", splits.val.records)):
+        digest.update(f"{name} {len(records)}\n".encode())
+        for record in records:
+            lengths = [file_length(path) for path in (record.image, record.mask) if path]
+            line = f"{record.key}\0{lengths}\0{identity(record)}\n"
+            digest.update(line.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def load(cfg: Config, share: Callable[[Callable[[], Any]], Any] = lambda make: make()) -> Splits:
+    """Read a data set as `cfg` describes it, and look at every picture and annotation.
+
+    Without a validation split, `cfg.val_fraction` of the training pictures become one. Bad samples
+    stop this, or are left out, as `cfg.on_bad_sample` says.
+
+    Args:
+        share: calls its argument in the first process of the run and gives its value in all, such
+            as `first_rank_decides`. The pictures are looked at once, and all leave out the same.
+
+    Raises:
+        DataError: no data, or faults in it: all of them together, the first 20 in full; or other
+            pictures here than in the first process.
         ConfigError: `cfg.dataset_size` names a subset that does not exist.
     """
-    parts, reading = _read(cfg, ("train", "val", "test"))
-    counts = _checked(parts, reading, cfg)
-    notes = reading.said() + _remarks(parts, counts)
+    here: list[tuple[Parts, Reading]] = []
+
+    def first() -> tuple[dict[str, Facts], list[Bad]]:
+        parts, known, reading = read_parts(cfg, tuple(SPLITS))
+        here.append((parts, reading))
+        return settled(parts, known, cfg)
+
+    facts, bad = share(first)
+    if not here:
+        parts, _, reading = read_parts(cfg, tuple(SPLITS))
+        here.append((parts, reading))
+    parts, reading = here[0]
+    parts = without(parts, bad, facts, cfg)
+    counts = counted(parts, facts, cfg)
+    notes = reading.said() + remarks(parts) + left_out(bad)
     if cfg.loss == "legacy":
-        parts["train"] = _with_objects(parts["train"], cfg)
+        # Without an object score there is nothing to learn from a picture that holds no object.
+        parts["train"] = [record for record in parts["train"] if facts[record.key]["objects"]]
         notes.append(f"--loss legacy trains on the {len(parts['train'])} pictures with objects")
     classes = sorted({label for part in counts.values() for label in part.objects})
     test = EvalSet(parts["test"], cfg) if "test" in parts else None
-    train, val = TrainSet(parts["train"], cfg), EvalSet(parts["val"], cfg)
-    return Splits(train, val, test, tuple(classes), counts, tuple(notes))
+    objects = [sum(facts[record.key]["objects"].values()) for record in parts["train"]]
+    train, val = TrainSet(parts["train"], cfg, objects), EvalSet(parts["val"], cfg)
+    return Splits(train, val, test, tuple(classes), counts, tuple(notes), tuple(bad))
 
 
 def load_split(cfg: Config, split: str) -> EvalSet | None:
@@ -289,91 +344,11 @@ def load_split(cfg: Config, split: str) -> EvalSet | None:
     Raises:
         DataError, ConfigError: as `load`.
     """
-    parts, reading = _read(cfg, (split,))
+    parts, known, reading = read_parts(cfg, (split,))
     if split not in parts:
         return None
-    _checked({split: parts[split]}, reading, cfg)
-    return EvalSet(parts[split], cfg, reading.said())
-
-
-def _with_objects(records: Sequence[Record], cfg: Config) -> list[Record]:
-    """Without an object score there is nothing to learn from a picture that holds no object."""
-    return [record for record in records if objects_of(record, cfg).kept]
-
-
-def _read(cfg: Config, wanted: Sequence[str]) -> tuple[dict[str, list[Record]], Reading]:
-    """Records of the wanted splits, and the problems and notes of reading them."""
-    root = Path(cfg.data_root)
-    kind, sources = find(root, cfg.data_format)
-    if cfg.dataset_size != "full":
-        sources["train"] = _subset_folder(cfg, kind)
-    whole = "train" if "train" in sources else "all"
-    if "train" in wanted and whole not in sources:
-        names = " or ".join(SPLITS["train"])
-        raise DataError(f"{root.absolute()}: the training split ({names}) is missing")
-    to_split = "val" in wanted and "val" not in sources
-    to_read = {*wanted, whole} if to_split or "train" in wanted else set(wanted)
-    parts: dict[str, list[Record]] = {}
-    total = Reading()
-    for name in sorted(to_read & sources.keys()):
-        reading = read(sources[name], kind, root, cfg.mask_kind)
-        total.problems += reading.problems
-        total.notes += reading.notes
-        parts[name] = reading.records
-    if to_split and whole in parts:
-        parts["train"], parts["val"] = split_by_name(parts.pop(whole), cfg.val_fraction)
-    elif whole == "all" and whole in parts:
-        parts["train"] = parts.pop(whole)
-    if cfg.max_val_images and "val" in parts:
-        parts["val"] = subset(parts["val"], cfg.max_val_images)
-    return {name: parts[name] for name in SPLITS if name in parts}, total
-
-
-def _subset_folder(cfg: Config, kind: str) -> Path:
-    folder = Path(cfg.data_root) / "subsets" / f"{cfg.dataset_size}_subset"
-    if kind != "severstal" or not folder.is_dir():
-        raise ConfigError(
-            f"--dataset_size {cfg.dataset_size}: {folder.absolute()}: no such folder; "
-            "`sam2-lora prepare` makes the Severstal splits with their subsets"
-        )
-    return folder
-
-
-def _checked(parts: dict[str, list[Record]], reading: Reading, cfg: Config) -> dict[str, Counts]:
-    """Counts of each split.
-
-    Raises:
-        DataError: anything wrong so far, or a split without pictures or without objects.
-    """
-    counts = {name: check(records, cfg) for name, records in parts.items()}
-    reading.problems += [problem for part in counts.values() for problem in part.problems]
-    reading.stop_if_wrong(str(Path(cfg.data_root).absolute()))
-    for name, part in counts.items():
-        if not part.pictures:
-            raise DataError(f"{Path(cfg.data_root).absolute()}: no pictures in the {name} split")
-        all_seen = part.looked_at == part.pictures
-        if not part.objects and all_seen and name != "test":
-            raise DataError(
-                f"{Path(cfg.data_root).absolute()}: no objects in the {part.pictures} pictures of "
-                f"the {name} split ({part.small} are smaller than --min_object_area): add pictures "
-                "with objects to it, or set --val_fraction if it is cut from the training pictures"
-            )
-    return counts
-
-
-def _remarks(parts: dict[str, list[Record]], counts: dict[str, Counts]) -> list[str]:
-    """What to be careful about."""
-    remarks = [
-        f"objects of {name} were counted on {part.looked_at} of its pictures"
-        for name, part in counts.items()
-        if part.looked_at < part.pictures
-    ]
-    for name in ("val", "test"):
-        keys = doubles(parts.get(name, []), parts["train"])
-        if keys:
-            remarks.append(
-                f"{len(keys)} pictures of {name} are in train too, so that its scores flatter: "
-                + ", ".join(keys[:3])
-                + (", ..." if len(keys) > 3 else "")
-            )
-    return remarks
+    parts = {split: parts[split]}
+    facts, bad = settled(parts, [one for one in known if one.split == split], cfg)
+    parts = without(parts, bad, facts, cfg)
+    counted(parts, facts, cfg)
+    return EvalSet(parts[split], cfg, reading.said() + left_out(bad))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from lora_core.config import option, parse
 from lora_core.errors import ConfigError
+from lora_core.preflight import writable
 from lora_core.report import duration, say, table
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Options, argv or [], prog="sam2-lora demo", description="Base, LoRA, merged: all the way."
     )
     began = time.monotonic()
+    writable(options.output, "--output")
     folder = empty_folder(Path(options.output), options.overwrite)
     from sam2_lora import demo
 

@@ -127,7 +127,7 @@ def _decompress(text: str | bytes, limit: int) -> list[int]:
     Bit 5 of a character says that another follows, bit 4 of the last is the sign; from the fourth
     number on each is the difference to the one two before it.
     """
-    data = text.encode("utf-8") if isinstance(text, str) else text
+    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     numbers: list[int] = []
     value = shift = 0
     for byte in data:
@@ -245,12 +245,17 @@ def ring_of(points: Any, size: Size) -> NDArray[np.float64]:
     """Check an outline's vertices, given as x, y, x, y, ... or as pairs, and return them [K, 2].
 
     Raises:
-        DataError: fewer than three vertices, an odd count, NaN, or a vertex far outside.
+        DataError: fewer than three vertices, an odd count, lists in lists, NaN, or a vertex far
+            outside.
     """
     try:
-        flat = np.asarray(points, dtype=np.float64).ravel()
+        numbers = np.asarray(points)
     except (TypeError, ValueError, OverflowError):
-        raise DataError("polygon: expected numbers x, y, x, y, ...") from None
+        numbers = np.empty(0, dtype=object)
+    pairs = numbers.ndim == 2 and numbers.shape[1] == 2
+    if numbers.dtype.kind not in "iuf" or not (numbers.ndim == 1 or pairs):
+        raise DataError("polygon: expected numbers x, y, x, y, ... or pairs of them")
+    flat = numbers.astype(np.float64).ravel()
     if len(flat) < 6 or len(flat) % 2:
         raise DataError(f"polygon: {len(flat)} numbers, expected three or more pairs of x and y")
     limit = 2 * max(size)

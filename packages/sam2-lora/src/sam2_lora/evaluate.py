@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lora_core.config import option, parse
 from lora_core.errors import ConfigError, DataError
+from lora_core.preflight import writable
 from sam2_lora.config import (
     Config,
     DataFormat,
@@ -62,6 +63,9 @@ class Options:
         Config.checkpoint, "Base model, or a merged model (then without --adapter).", "model"
     )
     adapter: str | None = option(None, "Adapter directory or .torch file.", "model")
+    allow_partial: bool = option(
+        False, "Use what fits of an adapter with missing or unexpected tensors.", "model"
+    )
     data_root: str = option(Config.data_root, "As in training: the folder of the splits.", "data")
     split: Literal["test", "val"] = option("test", "Which pictures to score.", "data")
     max_images: int = option(0, "Score a fixed subset of this many pictures; 0 is all.", "data")
@@ -72,6 +76,9 @@ class Options:
     val_fraction: float = option(
         Config.val_fraction, "As in training, for data without a validation split.", "data"
     )
+    on_bad_sample: Literal["stop", "skip"] = option("stop", "As in training.", "data")
+    max_bad_fraction: float = option(Config.max_bad_fraction, "As in training.", "data")
+    follow_links: bool = option(Config.follow_links, "As in training.", "data")
     image_size: str | None = option(
         None,
         "Model input such as 1024 or 256x1600; default: the adapter's or checkpoint's own.",
@@ -106,6 +113,10 @@ class Options:
             objects=self.objects,
             min_object_area=self.min_object_area,
             val_fraction=self.val_fraction,
+            on_bad_sample=self.on_bad_sample,
+            max_bad_fraction=self.max_bad_fraction,
+            follow_links=self.follow_links,
+            output_dir=self.output_dir,
             image_size=self.image_size or "1024",
             precision=self.precision,
             device=self.device,
@@ -121,6 +132,7 @@ class Options:
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the process exit code."""
     options = parse(Options, argv, prog="sam2-lora evaluate", description="Score a model on masks.")
+    writable(options.output_dir, "--output_dir")
 
     from lora_core.report import say
     from sam2_lora.predictor import Predictor
@@ -128,7 +140,12 @@ def main(argv: Sequence[str]) -> int:
     pictures = load_pictures(options)
     size = parse_size(options.image_size) if options.image_size else None
     predictor = Predictor.load(
-        options.checkpoint, options.adapter, size, options.device, options.precision
+        options.checkpoint,
+        options.adapter,
+        size,
+        options.device,
+        options.precision,
+        options.allow_partial,
     )
     figures = score(predictor, pictures, options)
     say("\n".join([report(figures), *(f"note: {note}" for note in pictures.notes)]))
@@ -229,6 +246,8 @@ def report(figures: dict[str, dict[str, float]]) -> str:
             f"without objects: {first['empty_images']:.0f} pictures; the automatic grid finds some "
             f"in {alarms}"
         )
+    if text := worse(figures):
+        lines.append(text)
     for name, values in figures.items():
         classes = {key: value for key, value in values.items() if key.startswith("class_iou/")}
         if classes:
@@ -237,6 +256,16 @@ def report(figures: dict[str, dict[str, float]]) -> str:
             )
             lines.append(f"IoU per class, {CAPTIONS[name]}: {text}")
     return "\n".join(lines)
+
+
+def worse(figures: dict[str, dict[str, float]]) -> str:
+    """A warning where the adapter did harm; "" where it did not, or without both figures."""
+    if not {"base", "lora"} <= figures.keys():
+        return ""
+    loss = figures["base"]["iou"] - figures["lora"]["iou"]
+    if not loss > 0:
+        return ""
+    return f"warning: with the adapter the IoU is {loss:.4f} lower than the base's"
 
 
 # -- files ---------------------------------------------------------------------------------------

@@ -7,9 +7,12 @@ the live adapted model.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from transformers import Sam2Model
 
 TOLERANCE = 1e-4  # largest difference of a mask logit, in float32
+STALE = 86400  # seconds after which an unverified file belongs to a merge that died
 PROBE = (128, 128)  # pixels: the weights are the same at every size, and this one is cheap
 
 
@@ -108,9 +112,9 @@ def export(
     merged = merged_file(model, base, dtype)
     if output.suffix not in SUFFIXES and base.format != "transformers":
         merged = replace(merged, tensors=merged.image)  # a new folder is a Sam2Model
-    # Read back under another name: the real one is for verified files only.
-    trial = output.with_name(f".unverified-{output.name}")
-    try:
+    # Read back in another place: the real one is for verified files only.
+    with _private_folder(output) as folder:
+        trial = folder / output.name
         _write(trial, merged, base)
         found = read_official(trial)
         changed = _check_tensors(found, merged, base)
@@ -122,9 +126,28 @@ def export(
                 f"{TOLERANCE}. It was not kept"
             )
         _move(_parts(trial, base), parts)
-    finally:
-        _remove(_parts(trial, base))
     return Merged(output, len(found.tensors), changed, difference)
+
+
+@contextmanager
+def _private_folder(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that only this user can enter; it goes in the end, as do old ones.
+
+    Raises:
+        CheckpointError: it, or something in it, cannot be written.
+    """
+    start = f".unverified-{output.name[:60]}-"
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for left in output.parent.glob(f"{glob.escape(start)}????????"):
+            old = time.time() - left.lstat().st_mtime > STALE
+            if old and left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=start, dir=output.parent) as folder:
+            yield Path(folder)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CheckpointError(f"cannot write {output.absolute()}: {reason}") from error
 
 
 def merged_file(

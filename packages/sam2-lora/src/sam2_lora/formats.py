@@ -11,17 +11,19 @@ Everything is read in sorted order. Problems of one pass are collected and repor
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from lora_core.errors import DataError, near
+from lora_core.errors import DataError, near, one_line
+from lora_core.validate import validate
 from sam2_lora.coco import CocoFile, find_coco, read_coco
 from sam2_lora.config import MaskKind
 from sam2_lora.encodings import ring_of
-from sam2_lora.image import read_size
+from sam2_lora.image import open_regular
 from sam2_lora.masks import Size, UnclearKind
 from sam2_lora.records import (
     Reading,
@@ -115,67 +117,78 @@ _FIND: dict[str, Callable[[Path], dict[str, Source]]] = {
 }
 
 
-def read(source: Source, data_format: str, root: Path, mask_kind: MaskKind = "auto") -> Reading:
+def read(
+    source: Source,
+    data_format: str,
+    root: Path,
+    mask_kind: MaskKind = "auto",
+    follow_links: bool = False,
+) -> Reading:
     """Records of one split, sorted by key, with all problems and notes.
 
     Args:
         source: from `find`, as `data_format`.
         root: records' keys are paths below it.
         mask_kind: what values of mask files mean.
+        follow_links: read files outside of the data set that links in it lead to.
     """
-    reading = Reading()
+    reading = Reading(root, follow_links)
     with reading.collecting():
         if isinstance(source, CocoFile):
-            return read_coco(source, root)
-        if data_format == "severstal":
-            _read_severstal(source, root, reading)
+            read_coco(source, reading)
+        elif data_format == "severstal":
+            _read_severstal(source, reading)
         elif data_format == "kaggle":
-            _read_kaggle(source, root, reading)
+            _read_kaggle(source, reading)
         else:
-            _read_folders(source, root, mask_kind, reading)
+            _read_folders(source, mask_kind, reading)
     return reading
 
 
 # -- Supervisely -----------------------------------------------------------------------------------
 
 
-def _read_severstal(folder: Path, root: Path, reading: Reading) -> None:
+def _read_severstal(folder: Path, reading: Reading) -> None:
     """Pairs of picture and annotation; either without the other is passed over and counted."""
     pictures = pictures_in(folder / "img", reading)
     if not (folder / "ann").is_dir():
         raise DataError(f"{(folder / 'ann').absolute()}: no such folder")
     annotations = {path.name[: -len(".json")]: path for path in (folder / "ann").glob("*.json")}
+    reading.measure(picture for name, picture in pictures.items() if name in annotations)
     for name, picture in pictures.items():
         if name not in annotations:
             reading.notes[f"pictures in {folder / 'img'} without annotation file, left out"] += 1
             continue
-        with reading.collecting():
-            size, shapes = _read_supervisely(annotations.pop(name), picture, reading)
-            reading.records.append(Record(key_of(picture, root), picture, size, shapes))
+        key = key_of(picture, reading.root)
+        with reading.collecting(sample=key):
+            annotation = annotations.pop(name)
+            reading.stay_inside(annotation, folder / "ann")
+            size, shapes = _read_supervisely(annotation, picture, key, reading)
+            reading.records.append(Record(key, picture, size, shapes))
     unpaired = len(annotations.keys() - pictures.keys())
     if unpaired:
         reading.notes[f"files in {folder / 'ann'} without picture, left out"] += unpaired
 
 
 def _read_supervisely(
-    path: Path, picture: Path, reading: Reading
+    path: Path, picture: Path, key: str, reading: Reading
 ) -> tuple[Size, tuple[Shape, ...]]:
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("objects"), list):
-        raise DataError(f'{path}: expected an object with the list "objects"')
+        raise DataError(f'{one_line(path)}: expected an object with the list "objects"')
     stated = content.get("size")
     declared = None
     if stated is not None:
         if not isinstance(stated, dict) or not all(
             is_whole(stated.get(side)) for side in ("height", "width")
         ):
-            raise DataError(f"{path}: size {stated!r}, expected height and width")
+            raise DataError(f"{one_line(path)}: size {stated!r}, expected height and width")
         declared = (stated["height"], stated["width"])
-    size = reading.size_of(picture, declared, str(path))
+    size = reading.size_of(picture, declared, one_line(path))
     shapes = []
     for number, item in enumerate(content["objects"], start=1):
-        where = f"{path}: object {number}"
-        with reading.collecting(where):
+        where = f"{one_line(path)}: object {number}"
+        with reading.collecting(where, key):
             shape = _supervisely_shape(item, size, where)
             if shape is not None:
                 shapes.append(shape)
@@ -211,6 +224,8 @@ def _supervisely_shape(item: Any, size: Size, where: str) -> Shape | None:
     if kind == "rectangle":
         return Shape("rectangle", _rectangle(exterior, size), label, where)
     interior = points.get("interior") or []
+    if not isinstance(interior, list):
+        raise DataError(f"polygon: points.interior {str(interior)[:80]!r}, expected a list")
     # Supervisely's vertices are pixels: they mean the pixels' centres.
     rings = [ring_of(ring, size) + 0.5 for ring in (exterior, *interior)]
     return Shape("polygon", rings, label, where)
@@ -239,30 +254,35 @@ def _rectangle(exterior: list[Any], size: Size) -> tuple[int, int, int, int]:
 # -- Kaggle ----------------------------------------------------------------------------------------
 
 
-def _read_kaggle(folder: Path, root: Path, reading: Reading) -> None:
+def _read_kaggle(folder: Path, reading: Reading) -> None:
     """train.csv of the Severstal competition; pictures without a row have no defect."""
     pictures = pictures_in(folder / "train_images", reading)
     table = folder / "train.csv"
+    refused = {Path(sample).name for sample, _ in reading.bad}
     sizes: dict[str, Size] = {}
+    keys = {name: key_of(picture, reading.root) for name, picture in pictures.items()}
+    reading.measure(pictures.values())
     for name, picture in pictures.items():
-        with reading.collecting():
+        with reading.collecting(sample=keys[name]):
             sizes[name] = reading.size_of(picture)
     shapes: dict[str, list[Shape]] = {name: [] for name in pictures}
     seen: dict[tuple[str, str, str], int] = {}
     for line, cells in _csv_lines(table):
-        where = f"{table}: row {line}"
-        with reading.collecting(where):
+        where = f"{one_line(table)}: row {line}"
+        with reading.collecting(where, sample=where):
             name, class_id, runs = _kaggle_row(cells)
+            if name in refused:
+                continue
             if name not in pictures:
                 hint = _hint(name, pictures, reading)
                 raise DataError(f"no picture {name!r} in {folder / 'train_images'}{hint}")
             if seen.setdefault((name, class_id, runs), line) != line:
-                raise DataError(f"repeats row {seen[name, class_id, runs]}")
-            if runs:
+                reading.problems.append(f"{where}: repeats row {seen[name, class_id, runs]}")
+            elif runs:
                 label = f"defect_{class_id}" if class_id.isdigit() else class_id
                 shapes[name].append(Shape("runs", runs, label, where))
     reading.records += [
-        Record(key_of(pictures[name], root), pictures[name], size, tuple(shapes[name]), merged=True)
+        Record(keys[name], pictures[name], size, tuple(shapes[name]), merged=True)
         for name, size in sizes.items()
     ]
 
@@ -275,18 +295,22 @@ def _csv_lines(table: Path) -> Iterator[tuple[int, list[str]]]:
     """
     csv.field_size_limit(MAX_FIELD)
     try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
+        with io.TextIOWrapper(open_regular(table), "utf-8-sig", newline="") as file:
             rows = csv.reader(file)
             header = ",".join(name.strip() for name in next(rows, []))
             if header not in KAGGLE_HEADERS:
-                raise DataError(f"{table}: row 1 is {header[:80]!r}, expected {KAGGLE_HEADERS[0]}")
+                raise DataError(
+                    f"{one_line(table)}: row 1 is {header[:80]!r}, expected {KAGGLE_HEADERS[0]}"
+                )
             for cells in rows:
                 if cells:
                     yield rows.line_num, cells
     except UnicodeDecodeError:
-        raise DataError(f"{table}: not UTF-8 text") from None
+        raise DataError(f"{one_line(table)}: not UTF-8 text") from None
+    except OSError as error:
+        raise DataError(f"{one_line(table)}: cannot be read: {error.strerror}") from None
     except csv.Error as error:
-        raise DataError(f"{table}: row {rows.line_num}: {error}") from None
+        raise DataError(f"{one_line(table)}: row {rows.line_num}: {error}") from None
 
 
 def _kaggle_row(cells: list[str]) -> tuple[str, str, str]:
@@ -308,32 +332,40 @@ def _kaggle_row(cells: list[str]) -> tuple[str, str, str]:
 
 def _hint(name: str, known: dict[str, Path], reading: Reading) -> str:
     """ "; did you mean ...?" for the problems that are shown; comparing names is slow."""
-    hint = near(name, known) if len(reading.problems) < 20 else ""
+    hint = near(name, known) if len(reading.bad) < 20 else ""
     return hint and f"; {hint}"
 
 
 # -- pictures and mask files -----------------------------------------------------------------------
 
 
-def _read_folders(folder: Path, root: Path, mask_kind: MaskKind, reading: Reading) -> None:
+def _read_folders(folder: Path, mask_kind: MaskKind, reading: Reading) -> None:
     """images/ and masks/ with files of the same name; their suffixes may differ."""
     pictures = _by_stem(pictures_in(folder / "images", reading), reading)
     masks = _by_stem(pictures_in(folder / "masks", reading), reading)
+    refused = {Path(sample).stem for sample, _ in reading.bad}  # one of a pair is: that is said
+    reading.measure([*pictures.values(), *masks.values()])
     for stem, picture in pictures.items():
-        with reading.collecting():
+        key = key_of(picture, reading.root)
+        with reading.collecting(sample=key):
+            if stem in refused:
+                continue
             if stem not in masks:
                 hint = _hint(stem, masks, reading)
-                raise DataError(f"{picture}: no mask {stem}.png in {folder / 'masks'}{hint}")
+                raise DataError(
+                    f"{one_line(picture)}: no mask {one_line(stem)}.png in {folder / 'masks'}{hint}"
+                )
             mask = masks[stem]
-            size = reading.size_of(picture, read_size(mask), str(mask))
+            size = reading.size_of(picture, reading.size_of(mask), one_line(mask))
             merged = mask_kind != "instances"
-            reading.records.append(
-                Record(key_of(picture, root), picture, size, (), mask, mask_kind, merged)
-            )
-    reading.problems += [
-        f"{mask}: no picture {stem} in {folder / 'images'}"
+            reading.records.append(Record(key, picture, size, (), mask, mask_kind, merged))
+    reading.bad += [
+        (
+            key_of(mask, reading.root),
+            f"{one_line(mask)}: no picture {one_line(stem)} in {folder / 'images'}",
+        )
         for stem, mask in masks.items()
-        if stem not in pictures
+        if stem not in pictures and stem not in refused
     ]
     if mask_kind == "auto":
         _look_at_kind(reading)
@@ -344,7 +376,9 @@ def _by_stem(files: dict[str, Path], reading: Reading) -> dict[str, Path]:
     for path in files.values():
         other = found.setdefault(path.stem, path)
         if other != path:
-            reading.problems.append(f"{path}: {other.name} has the same name; keep one of them")
+            reading.problems.append(
+                f"{one_line(path)}: {one_line(other.name)} has the same name; keep one of them"
+            )
     return found
 
 
@@ -355,11 +389,25 @@ def _look_at_kind(reading: Reading) -> None:
     Raises:
         DataError: the kind of the masks has to be said.
     """
-    for record in reading.records[:: max(1, len(reading.records) // KIND_SAMPLE)]:
-        try:
-            record.objects  # noqa: B018 - decoding raises
-        except UnclearKind:
+    chosen = reading.records[:: max(1, len(reading.records) // KIND_SAMPLE)]
+    outcomes = validate(
+        chosen,
+        _unclear,
+        kind="sam2 kind of mask 1",
+        root=reading.root,
+        files=lambda record: [record.mask] if record.mask else [],
+        what="kinds of masks",
+    )
+    for outcome in outcomes:
+        if outcome.value:
             reading.records.clear()
-            raise
-        except DataError:
-            continue  # a damaged mask: reported with all others that are
+            raise UnclearKind(outcome.value)
+
+
+def _unclear(record: Record) -> str:
+    """Why the meaning of a mask has to be said, or ""."""
+    try:
+        record.objects  # noqa: B018 - decoding raises
+    except UnclearKind as error:
+        return str(error)
+    return ""  # a damaged mask raises: it is reported with all others that are

@@ -2,8 +2,9 @@
 
 Rules of reading, the same for pictures and masks:
 
-- JPEG, PNG, WebP, BMP, TIFF and GIF, recognised by content, at most `MAX_PIXELS`; of several
-  frames or pages the first.
+- JPEG, PNG, WebP, BMP, TIFF and GIF, recognised by content, at most `MAX_PIXELS` and `MAX_BYTES`;
+  of several frames or pages the first. Nothing else is opened: other decoders start programs
+  (EPS) or follow links (SVG).
 - The EXIF orientation is applied, as every viewer does: sizes, masks and coordinates mean the
   upright picture.
 - Transparent pictures are laid over white; CMYK becomes RGB; 16-bit values are scaled to 8 bits,
@@ -12,13 +13,15 @@ Rules of reading, the same for pictures and masks:
 
 from __future__ import annotations
 
+import os
 import stat
 import struct
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -27,22 +30,40 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from lora_core.errors import DataError
+from lora_core.errors import DataError, one_line
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as the official transform
 STD = (0.229, 0.224, 0.225)
 MAX_PIXELS = 150_000_000  # a Sentinel-2 tile has 121 million
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # JPEG includes MPO, stereo pictures
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+# Suffix -> what a file of that name holds.
+SUFFIXES = {
+    ".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP",
+    ".tif": "TIFF", ".tiff": "TIFF", ".gif": "GIF",
+}  # fmt: skip
+MAX_BYTES = 2**31  # of a picture's file: 150 million pixels of 4 channels of 16 bits, and some
+MAX_FRAMES = 1000
 _SIDEWAYS = {5, 6, 7, 8}  # EXIF orientations that swap width and height
-# The ways in which decoders say that a file is damaged.
-DAMAGED = (OSError, SyntaxError, EOFError, ValueError, struct.error)
+# The ways in which decoders say that a file is damaged; hostile headers lead their code anywhere.
+DAMAGED = (
+    OSError, SyntaxError, EOFError, ValueError, LookupError, ArithmeticError, TypeError,
+    AttributeError, RuntimeError, struct.error, zlib.error,
+)  # fmt: skip
 
 Coordinates = TypeVar("Coordinates", Tensor, NDArray[np.floating])
 
 
 class TooLarge(Exception):
     """More pixels than are decoded."""
+
+
+class Header(NamedTuple):
+    """What a picture's header says."""
+
+    size: tuple[int, int]  # (height, width) of the upright picture
+    stored: tuple[int, int]  # (height, width) before the EXIF orientation is applied
+    turned: bool  # by the EXIF orientation
+    several: bool  # frames or pages, of which the first is used
 
 
 # -- files -----------------------------------------------------------------------------------------
@@ -79,12 +100,14 @@ def read_mask(path: Path) -> NDArray[np.integer]:
         opaque = picture.mode == "RGB" or (values[..., -1] == 255).all()
         if bands is None or not opaque or (values[..., 1:bands] != values[..., :1]).any():
             raise DataError(
-                f"{path}: a mask in mode {picture.mode} with colours or transparency; save it as "
-                "one channel of 0 and 255, of object ids, or of class indices"
+                f"{one_line(path)}: a mask in mode {picture.mode} with colours or transparency; "
+                "save it as one channel of 0 and 255, of object ids, or of class indices"
             )
         values = values[..., 0]
     if values.dtype.kind not in "ui":
-        raise DataError(f"{path}: a mask of fractions ({values.dtype}); save it as whole numbers")
+        raise DataError(
+            f"{one_line(path)}: a mask of fractions ({values.dtype}); save it as whole numbers"
+        )
     return values
 
 
@@ -111,13 +134,56 @@ def upright_size(picture: Image.Image) -> tuple[int, int]:
 
 
 def orientation(picture: Image.Image) -> int:
-    """The EXIF orientation, 1 (upright) to 8."""
-    return picture.getexif().get(ExifTags.Base.Orientation, 1)
+    """The EXIF orientation, 1 (upright) to 8; 1 if it is anything else, as viewers have it."""
+    value = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def has_more_frames(picture: Image.Image) -> bool:
-    """Whether the file holds more pictures than the first (an MPO's second is its preview)."""
-    return picture.format != "MPO" and getattr(picture, "is_animated", False)
+def read_header(path: Path) -> Header:
+    """Sizes of a picture and whether it may belong to a data set, from its header alone.
+
+    Raises:
+        DataError: as `read_size`; a name that says another format; too many frames.
+    """
+    with open_picture(path) as picture:
+        found = "JPEG" if picture.format == "MPO" else str(picture.format)
+        if SUFFIXES.get(path.suffix.lower(), found) != found:
+            raise DataError(f"{one_line(path)}: holds a picture in {found} format: name it so")
+        several = found != "JPEG" and getattr(picture, "is_animated", False)
+        size, turned = upright_size(picture), orientation(picture) != 1
+        if several and _has_frame(picture, MAX_FRAMES):
+            raise DataError(
+                f"{one_line(path)}: more than {MAX_FRAMES} frames or pages; save the first alone"
+            )
+        return Header(size, (picture.height, picture.width), turned, several)
+
+
+def _has_frame(picture: Image.Image, number: int) -> bool:
+    try:
+        picture.seek(number)
+    except EOFError:
+        return False
+    return True
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading. A pipe or device would block for ever, or act.
+
+    Raises:
+        DataError: no such file, or not a regular one.
+        OSError: it cannot be opened.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise DataError(f"{one_line(path)}: not a regular file")
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        file = os.fdopen(os.open(path, flags), "rb")
+    except FileNotFoundError:
+        raise DataError(f"{one_line(path.absolute())}: no such file") from None
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # exchanged meanwhile
+        file.close()
+        raise DataError(f"{one_line(path)}: not a regular file")
+    return file
 
 
 @contextmanager
@@ -128,24 +194,33 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
         DataError: no such file, not a picture, damaged, or too large.
     """
     try:
-        # A pipe or device would block the reader for ever, so the kind is checked before opening.
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise DataError(f"{path}: not a regular file")
-        with open_bounded(path) as picture:
-            yield picture
+        with open_regular(path) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of decoders: we have our own bound, and errors tell
+            length = os.fstat(file.fileno()).st_size
+            if length > MAX_BYTES:
+                raise TooLarge(f"{length / 1e9:.1f} GB are more than {MAX_BYTES / 1e9:.1f}")
+            with open_bounded(file) as picture:
+                yield picture
     except DataError:
         raise
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
     except TooLarge as error:
-        raise DataError(f"{path}: {error}; cut the picture into tiles") from None
+        raise DataError(f"{one_line(path)}: {error}; cut the picture into tiles") from None
+    except Image.DecompressionBombError:  # of a later frame
+        raise DataError(f"{one_line(path)}: holds a frame of more pixels than are read") from None
     except UnidentifiedImageError:
-        raise DataError(f"{path}: {_what_is(path)}") from None
+        raise DataError(f"{one_line(path)}: {_what_is(path)}") from None
     except DAMAGED as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
+        raise DataError(f"{one_line(path)}: cannot be read: {_said(error)}") from None
 
 
-def open_bounded(file: Path | BinaryIO, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+def _said(error: BaseException) -> str:
+    """A decoder's complaint, without the path that it may repeat."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else str(error)
+
+
+def open_bounded(file: BinaryIO, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """Read a picture's header.
 
     Raises:
@@ -154,7 +229,7 @@ def open_bounded(file: Path | BinaryIO, formats: tuple[str, ...] = FORMATS) -> I
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we have our own bound
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             picture = Image.open(file, formats=formats)
     except Image.DecompressionBombError:
         raise TooLarge(f"more than {MAX_PIXELS // 10**6} million pixels") from None
@@ -168,7 +243,11 @@ def open_bounded(file: Path | BinaryIO, formats: tuple[str, ...] = FORMATS) -> I
 
 def _what_is(path: Path) -> str:
     """Why a file is no picture, from its first bytes."""
-    head = path.read_bytes()[:64] if path.stat().st_size < 2**20 else b"?"
+    try:
+        with open_regular(path) as file:
+            head = file.read(64)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
     if not head:
         return "the file is empty"
     if head.startswith(b"version https://git-lfs"):
@@ -194,8 +273,8 @@ def _to_8_bit(values: NDArray, path: Path) -> NDArray[np.uint8]:
     limit = 1.0 if values.dtype.kind == "f" else 65535.0
     if not ((values >= 0) & (values <= limit)).all():  # false for NaN too
         raise DataError(
-            f"{path}: values from {values.min():g} to {values.max():g}, expected 0 to {limit:g}; "
-            "convert the picture to 8 bits"
+            f"{one_line(path)}: values from {values.min():g} to {values.max():g}, expected 0 to "
+            f"{limit:g}; convert the picture to 8 bits"
         )
     return np.round(values * (255.0 / limit)).astype(np.uint8)
 

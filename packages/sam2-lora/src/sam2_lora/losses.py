@@ -198,7 +198,7 @@ def loss(model: Sam2Model, batch: dict[str, Any], cfg: Config) -> tuple[Tensor, 
         features = encode(model, batch["pixel_values"])
     legacy = cfg.loss == "legacy"
     rule = LEGACY if legacy else Rule()
-    num_objects = _object_count(batch, features.image_embed.device)
+    num_objects = max(object_count(batch), 1)
     # A generator for each picture: clicks do not depend on what else is in the batch.
     rngs = [np.random.default_rng(seed) for seed in batch["seed"]]
     steps: list[Terms] = []
@@ -213,14 +213,9 @@ def loss(model: Sam2Model, batch: dict[str, Any], cfg: Config) -> tuple[Tensor, 
     return terms.total(rule), _parts(terms, torch.cat(overlaps))
 
 
-def _object_count(batch: dict[str, Any], device: torch.device) -> float:
-    """K: the objects of the batch; the mean over processes, as DDP takes the mean of gradients."""
-    count = float(sum(len(bucket["targets"]) for bucket in batch["buckets"]))
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        total = torch.tensor(count, device=device)
-        torch.distributed.all_reduce(total)
-        count = total.item() / torch.distributed.get_world_size()
-    return max(count, 1.0)
+def object_count(batch: dict[str, Any]) -> int:
+    """K: the objects of the batch. The trainer weighs batches and processes by it."""
+    return sum(len(bucket["targets"]) for bucket in batch["buckets"])
 
 
 def _decodings(

@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING, Literal
 
 from lora_core.config import option, parse
 from lora_core.errors import CheckpointError, ConfigError
+from lora_core.preflight import writable
 from lora_core.report import say
 
 if TYPE_CHECKING:
     from transformers import Sam2Model
 
     from sam2_lora.export import Merged
+
+
+LARGEST = 2**32  # bytes of an adapter, of whose base nothing is known yet
 
 
 @dataclass
@@ -32,6 +36,9 @@ class Options:
         None,
         "The base that the adapter was trained on; default: the file name in the adapter.",
         "input",
+    )
+    allow_partial: bool = option(
+        False, "Use what fits of an adapter with missing or unexpected tensors.", "input"
     )
     dtype: Literal["fp32", "keep"] = option(
         "fp32",
@@ -54,11 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="sam2-lora merge",
         description="Merge an adapter into its base model.",
     )
+    writable(Path(options.output).absolute().parent, "--output")
     from sam2_lora.export import export, refuse_existing
     from sam2_lora.model import load
 
     refuse_existing(Path(options.output), options.overwrite)
-    model = load(options.checkpoint or _recorded_base(options.adapter), adapter=options.adapter)
+    base = options.checkpoint or _recorded_base(options.adapter)
+    model = load(base, None, options.adapter, options.allow_partial)
     merged = export(model, options.output, options.dtype, options.overwrite)
     say(merged)
     _mention_limits(model, merged)
@@ -70,7 +79,7 @@ def _recorded_base(adapter: str) -> Path:
     from lora_core.adapter_file import read_adapter
     from sam2_lora.official import find_checkpoint
 
-    base = read_adapter(adapter).metadata.get("base")
+    base = read_adapter(adapter, LARGEST).metadata.get("base")
     if not isinstance(base, dict) or not isinstance(base.get("file"), str):
         raise ConfigError(f"{adapter} does not say what it was trained on: add --checkpoint FILE")
     try:

@@ -7,6 +7,7 @@ objects share a batch without padding.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_core import adapter_file
+from lora_core import adapter_file, preflight
+from lora_core.adapter_match import size_limit
 from lora_core.cache import fingerprint
 from lora_core.errors import CheckpointError, ConfigError
 from lora_core.report import say
@@ -207,7 +209,7 @@ class Base:
     name: str  # without folders; a hub id as it was given
     format: str  # see official.OfficialFile
     variant: str  # published name or "custom"
-    fingerprint: str  # see base_fingerprint
+    fingerprint: str | None  # see base_fingerprint; None: the values were not read
     has_video: bool  # whether the file holds the video memory too
 
 
@@ -224,7 +226,10 @@ def build(cfg: Config) -> Sam2Model:
 
 
 def load(
-    checkpoint: str | Path, size: tuple[int, int] | None = None, adapter: str | Path | None = None
+    checkpoint: str | Path,
+    size: tuple[int, int] | None = None,
+    adapter: str | Path | None = None,
+    allow_partial: bool = False,
 ) -> Sam2Model:
     """A base network, with an adapter on it if one is given: evaluation mode, float32, on the CPU.
 
@@ -233,6 +238,7 @@ def load(
         size: (height, width) of the pictures; None: that of the adapter's training, else that of
             the checkpoint.
         adapter: PEFT directory or `.torch` file: see `load_adapter`.
+        allow_partial: use what fits of an adapter that is incomplete.
 
     Raises:
         CheckpointError: missing, damaged or of another model: see `official.read_official`.
@@ -240,9 +246,10 @@ def load(
     path = official.find_checkpoint(checkpoint)
     model = from_file(official.read_official(path))
     if path.name != Path(checkpoint).name:  # the hub's cache has other names
-        model.sam2_base = replace(model.sam2_base, name=str(checkpoint))
+        repository = str(checkpoint).partition("@")[0]
+        model.sam2_base = replace(model.sam2_base, name=f"{repository}@{path.name}")
     if adapter is not None:
-        metadata = load_adapter(model, adapter)
+        metadata = load_adapter(model, adapter, allow_partial)
         size = size or _trained_size(metadata)
     if size is not None:
         set_image_size(model, size)
@@ -257,20 +264,66 @@ def from_file(file: official.OfficialFile) -> Sam2Model:
     """
     model = network(file.variant)
     official.check_fit(file, names.to_official(model.state_dict()))
+    _refuse_nan(file)
     state = names.to_transformers(file.image)
     # A copy each, so that the two positional matrices are two tensors.
     state = {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}
     model.load_state_dict(state, strict=True, assign=True)
-    has_video = len(file.image) < len(file.tensors)
-    model.sam2_base = Base(
+    model.sam2_base = _base(file, fingerprint(model))
+    return model.requires_grad_(False).eval()
+
+
+def _base(file: official.OfficialFile, weights: str | None) -> Base:
+    return Base(
         path=file.path.absolute(),
         name=file.path.name,
         format=file.format,
         variant=file.variant.name,
-        fingerprint=fingerprint(model),
-        has_video=has_video,
+        fingerprint=weights,
+        has_video=len(file.image) < len(file.tensors),
     )
-    return model.requires_grad_(False).eval()
+
+
+def skeleton(cfg: Config) -> Sam2Model:
+    """The base network of a configuration on the meta device: only headers are read.
+
+    Raises:
+        CheckpointError: as `build`, as far as headers tell.
+    """
+    path = official.find_checkpoint(cfg.checkpoint)
+    file = official.read_official(path, "meta")
+    model = network(file.variant).requires_grad_(False)
+    official.check_fit(file, names.to_official(model.state_dict()))
+    model.sam2_base = _base(file, None)
+    set_image_size(model, cfg.size)
+    if cfg.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    return model.eval()
+
+
+def glance(cfg: Config) -> None:
+    """Look for the files of a configuration, and at the header of its base; nothing is downloaded.
+
+    Raises:
+        CheckpointError: a missing adapter, or what `skeleton` raises.
+    """
+    if cfg.adapter and not os.path.exists(cfg.adapter):
+        raise CheckpointError(f"--adapter {Path(cfg.adapter).absolute()} does not exist")
+    if official.find_local(cfg.checkpoint):
+        skeleton(cfg)
+
+
+def _refuse_nan(file: official.OfficialFile) -> None:
+    bad = [
+        name
+        for name, tensor in file.image.items()
+        if tensor.is_floating_point() and not tensor.isfinite().all()
+    ]
+    if bad:
+        raise CheckpointError(
+            f"{file.path}: {len(bad)} tensors hold NaN or infinite values ({', '.join(bad[:5])}): "
+            "copy or download it again"
+        )
 
 
 def base_fingerprint(file: official.OfficialFile) -> str:
@@ -281,6 +334,7 @@ def base_fingerprint(file: official.OfficialFile) -> str:
 
 def network(variant: official.Variant) -> Sam2Model:
     """The network without weights (on the meta device)."""
+    preflight.torchvision()
     from transformers import Sam2Config, Sam2Model
 
     try:
@@ -316,7 +370,7 @@ def save_adapter(
     return adapter_file.save_adapter(model, path, metadata=facts, rename=rename)
 
 
-def load_adapter(model: Sam2Model, path: str | Path) -> dict[str, Any]:
+def load_adapter(model: Sam2Model, path: str | Path, allow_partial: bool = False) -> dict[str, Any]:
     """Put a saved adapter on its base network, trainable; returns the adapter's metadata.
 
     Official and transformers module names are both understood. A bare dict of tensors, as older
@@ -325,10 +379,16 @@ def load_adapter(model: Sam2Model, path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: unusable file, or the adapter of another base.
     """
-    file = adapter_file.read_adapter(path)
+    file = adapter_file.read_adapter(path, size_limit(model))
     check_base(model, path, file.metadata)
     alpha = None if file.config else Config.lora_alpha
-    adapter_file.load_adapter(model, path, rename=names.module_to_official, lora_alpha=alpha)
+    adapter_file.load_adapter(
+        model,
+        file,
+        rename=names.module_to_official,
+        lora_alpha=alpha,
+        allow_partial=allow_partial,
+    )
     if alpha is not None:
         say(f"{path} holds tensors only: lora_alpha is taken to be {alpha}, the default")
     return file.metadata
@@ -341,7 +401,9 @@ def check_base(model: Sam2Model, path: str | Path, metadata: Mapping[str, Any]) 
         CheckpointError: the fingerprints differ.
     """
     trained, base = metadata.get("base"), model.sam2_base
-    if not isinstance(trained, Mapping) or trained.get("fingerprint") in (None, base.fingerprint):
+    if not isinstance(trained, Mapping) or base.fingerprint is None:
+        return
+    if trained.get("fingerprint") in (None, base.fingerprint):
         return
     raise CheckpointError(
         f"{path} was trained on {trained.get('file')} ({trained.get('variant')}), whose weights "

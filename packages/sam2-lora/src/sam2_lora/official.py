@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ from lora_core.errors import CheckpointError
 from lora_core.report import say
 from lora_core.tensor_file import (
     atomic_write,
+    open_checkpoint,
     plain,
     read_safetensors,
     read_torch,
@@ -97,6 +100,7 @@ def recognise(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 SEARCH = (Path("checkpoints"), Path("libs/sam2base/checkpoints"))
+CONFIG_LIMIT = 10_000_000  # bytes of a model's settings
 SUFFIXES = {".pt", ".pth", ".torch", ".safetensors"}
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w.-]+)?")
 
@@ -135,15 +139,22 @@ def find_checkpoint(name: str | Path) -> Path:
     Raises:
         CheckpointError: nothing there; lists the places tried.
     """
+    return find_local(name) or _download(str(name))
+
+
+def find_local(name: str | Path) -> Path | None:
+    """As `find_checkpoint`; None for a hub id.
+
+    Raises:
+        CheckpointError: nothing there; lists the places tried.
+    """
     path = Path(name)
-    if path.exists():
-        return path
     places = [folder / path for folder in SEARCH] if path.name == str(name) else []
-    for place in places:
-        if place.exists():
+    for place in (path, *places):
+        if os.path.exists(place):  # False also for a name that is too long
             return place
     if _HUB_ID.fullmatch(str(name)) and path.suffix not in SUFFIXES:
-        return _download(str(name))
+        return None
     tried = ", ".join(str(place.absolute()) for place in (path, *places))
     raise CheckpointError(f"no checkpoint {name}: looked at {tried}{where_to_get(path)}")
 
@@ -153,24 +164,46 @@ def _download(name: str) -> Path:
 
     repository, _, revision = name.partition("@")
     try:
-        folder = snapshot_download(
-            repository,
-            revision=revision or None,
-            allow_patterns=["*.json", "model.safetensors"],
+        folder = Path(
+            snapshot_download(
+                repository,
+                revision=revision or None,
+                allow_patterns=["*.json", "model.safetensors"],
+            )
         )
     except Exception as error:  # network, rights, unknown name: all end the same way
         raise CheckpointError(
             f"{name}: no such local folder, and the hub gave none ({type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else ''})"
         ) from error
-    return Path(folder)
+    _check_blob(folder / "model.safetensors")
+    if revision != folder.name:
+        say(f"{name} is now {repository}@{folder.name}: with this name it stays the same model")
+    return folder
 
 
-def read_official(path: str | Path) -> OfficialFile:
+def _check_blob(path: Path) -> None:
+    """Compare a file in the hub's cache with its SHA-256, by which the cache names it."""
+    name = path.resolve().name
+    if not path.is_file() or not re.fullmatch("[0-9a-f]{64}", name):
+        return  # `read_official` says what is missing; without links the cache has no such names
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != name:
+        raise CheckpointError(
+            f"{path} is not what the hub has: its SHA-256 is {found}, expected {name}. Delete "
+            f"{path.resolve()} to download it again"
+        )
+
+
+def read_official(path: str | Path, device: str = "cpu") -> OfficialFile:
     """Read an official `.pt`, a `.safetensors` with official names, or a transformers folder.
 
     A `.safetensors` file of another size than the published ones needs its `Sam2Config` as
     `<stem>.json` beside it. Nothing in the file is executed.
+
+    Args:
+        device: "cpu", or "meta": names, shapes and dtypes only, without reading the values.
 
     Raises:
         CheckpointError: missing, not a checkpoint, damaged, holding more than tensors, or not
@@ -178,8 +211,8 @@ def read_official(path: str | Path) -> OfficialFile:
     """
     path = Path(path)
     if path.is_dir():
-        return _read_folder(path)
-    tensors, kind = _read_tensors(path)
+        return _read_folder(path, device)
+    tensors, kind = _read_tensors(path, device)
     if not key_map(tensors):
         raise CheckpointError(_not_sam2(path, tensors))
     name = recognise(tensors)
@@ -194,12 +227,14 @@ def read_official(path: str | Path) -> OfficialFile:
     return OfficialFile(path, kind, tensors, Variant("custom", _read_config(beside)), beside)
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
+def _read_tensors(path: Path, device: str) -> tuple[dict[str, Tensor], str]:
     if not path.exists():
         raise CheckpointError(f"no checkpoint at {path.absolute()}{where_to_get(path)}")
     if path.suffix == ".safetensors":
-        return dict(sorted(read_safetensors(path)[0].items())), "safetensors"  # else unordered
-    content = read_torch(path)
+        return dict(
+            sorted(read_safetensors(path, device=device)[0].items())
+        ), "safetensors"  # else unordered
+    content = read_torch(path, device=device)
     if isinstance(content, dict) and {"format", "tensors"} <= content.keys():
         raise CheckpointError(
             f"{path} is a LoRA adapter, not a base model: pass it as --adapter and the official "
@@ -229,9 +264,13 @@ def where_to_get(path: Path) -> str:
 def _read_config(path: Path) -> dict[str, Any]:
     """The image part of a `Sam2Config` or `Sam2VideoConfig` in JSON."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with open_checkpoint(path, CONFIG_LIMIT) as file:
+            content = json.loads(file.read().decode("utf-8-sig"))
+    except CheckpointError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no readable JSON: {error}") from error
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise CheckpointError(f"{path} is no readable JSON: {reason}") from error
     if not isinstance(content, dict) or not isinstance(content.get("vision_config"), dict):
         raise CheckpointError(f"{path}: no Sam2Config (it has no vision_config)")
     parts = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
@@ -241,21 +280,30 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_folder(folder: Path) -> OfficialFile:
+def _read_folder(folder: Path, device: str) -> OfficialFile:
     config_path, weights_path = folder / "config.json", folder / "model.safetensors"
     if not config_path.is_file() or not weights_path.is_file():
-        there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
-        raise CheckpointError(
-            f"{folder.absolute()}: a transformers model folder needs config.json and "
-            f"model.safetensors; here is: {there}"
-        )
+        raise CheckpointError(_not_a_model(folder))
     config = _read_config(config_path)
-    tensors, _ = _read_tensors(weights_path)
+    tensors, _ = _read_tensors(weights_path, device)
     official = to_official(tensors)
     if not key_map(official):
         raise CheckpointError(_not_sam2(weights_path, tensors))
     variant = Variant(recognise(official) or "custom", config)
     return OfficialFile(folder, "transformers", official, variant, config_path)
+
+
+def _not_a_model(folder: Path) -> str:
+    there = sorted(entry.name for entry in folder.iterdir())
+    text = f"{folder.absolute()}: a transformers model folder needs config.json and "
+    text += f"model.safetensors; here is: {', '.join(there[:8]) or 'nothing'}"
+    if "adapter_config.json" in there:
+        text += ". This is a LoRA adapter: pass it as --adapter, and its base as --checkpoint"
+    if any(name.endswith(".index.json") for name in there):
+        text += ". Models in several shards are not read: save it as one model.safetensors"
+    if "pytorch_model.bin" in there:
+        text += ". Pickled weights are not read: save them as model.safetensors"
+    return text
 
 
 def _not_sam2(path: Path, tensors: Mapping[str, Tensor]) -> str:

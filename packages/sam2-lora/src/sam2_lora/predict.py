@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from lora_core.config import option, parse
 from lora_core.errors import ConfigError, DataError
+from lora_core.preflight import writable
 from sam2_lora.config import Config, Device, Precision, parse_size
 from sam2_lora.user_prompts import Prompt, read_prompts
 
@@ -36,6 +37,9 @@ class Options:
         Config.checkpoint, "Base model, or a merged model (then without --adapter).", "model"
     )
     adapter: str | None = option(None, "Adapter directory or .torch file.", "model")
+    allow_partial: bool = option(
+        False, "Use what fits of an adapter with missing or unexpected tensors.", "model"
+    )
     points: list[str] = option(
         [], "Clicks x,y in pixels, all on one object of each picture.", "prompts"
     )
@@ -114,6 +118,7 @@ class Options:
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the process exit code."""
     options = parse(Options, argv, prog="sam2-lora predict", description="Masks for pictures.")
+    writable(options.output, "--output")
     images = find_images(options.images)
     prompts = read_prompts(images, options.points, options.labels, options.boxes, options.prompts)
 
@@ -123,7 +128,12 @@ def main(argv: Sequence[str]) -> int:
 
     size = parse_size(options.image_size) if options.image_size else None
     predictor = Predictor.load(
-        options.checkpoint, options.adapter, size, options.device, options.precision
+        options.checkpoint,
+        options.adapter,
+        size,
+        options.device,
+        options.precision,
+        options.allow_partial,
     )
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)

@@ -63,6 +63,7 @@ class Predictor:
         image_size: tuple[int, int] | None = None,
         device: str = "auto",
         precision: str = "auto",
+        allow_partial: bool = False,
     ) -> Predictor:
         """Read a base or merged checkpoint, and an adapter to put on it.
 
@@ -73,6 +74,7 @@ class Predictor:
                 checkpoint's own.
             device: "auto" is the GPU if there is one.
             precision: see the class.
+            allow_partial: use what fits of an adapter that is incomplete.
 
         Raises:
             CheckpointError: the files are missing, damaged, or do not belong together.
@@ -83,7 +85,7 @@ class Predictor:
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigError(f"--device {device}: torch sees no CUDA device; use cpu or auto")
         choose_precision(precision, device)  # raises before anything slow
-        model = load(checkpoint, image_size, adapter)
+        model = load(checkpoint, image_size, adapter, allow_partial)
         model.to(device)
         return cls(model, precision)
 

@@ -12,14 +12,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lora_core.config import option, parse
-from lora_core.errors import ConfigError, DataError
+from lora_core.errors import ConfigError, DataError, printable
+from lora_core.preflight import writable
 from lora_core.report import say, table
+from lora_core.validate import REPORT, Bad, samples, stop_or_skip, write_report
 from sam2_lora.config import Config, DataFormat, MaskKind, ObjectRule
 
 if TYPE_CHECKING:
@@ -56,6 +59,13 @@ class Options:
             "group": "splits",
         },
     )
+    on_bad_sample: Literal["stop", "skip"] = option(
+        Config.on_bad_sample,
+        "As in training; skip: listed in the output's bad_samples.jsonl.",
+        "data",
+    )
+    max_bad_fraction: float = option(Config.max_bad_fraction, "As in training.", "data")
+    follow_links: bool = option(Config.follow_links, "As in training.", "data")
     overwrite: bool = option(False, "Replace the output folder if it exists.", "data")
 
     def __post_init__(self) -> None:
@@ -66,6 +76,10 @@ class Options:
                 f"--test_share is {self.test_share}: with --val_share {self.val_share} it must be "
                 "0 or more and leave pictures for training"
             )
+        if not 0 <= self.max_bad_fraction < 1:
+            raise ConfigError(
+                f"--max_bad_fraction is {self.max_bad_fraction}: it must be 0 <= share < 1"
+            )
         if any(count < 1 for count in self.subsets):
             raise ConfigError(f"--subsets is {self.subsets}: sizes must be at least 1")
 
@@ -73,6 +87,7 @@ class Options:
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the process exit code."""
     options = parse(Options, argv, prog="sam2-lora prepare", description=TEXT)
+    writable(options.output, "--output")
 
     output = Path(options.output)
     made = prepare(options)
@@ -92,17 +107,26 @@ def prepare(options: Options) -> dict[str, int]:
     """
     output = Path(options.output).absolute()
     _check_output(output, options)
-    parts, notes = read_parts(options)
+    parts, bad, notes = read_parts(options)
     for note in notes:
-        say(f"note: {note}")
-    unfinished = output.with_name(f".{output.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+        say(printable(f"note: {note}"))
     try:
-        made = write_tree(unfinished, parts, options)
-        _put_in_place(unfinished, output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        with tempfile.TemporaryDirectory(
+            prefix=f".{output.name}.", dir=_made(output.parent)
+        ) as new:
+            made = write_tree(Path(new) / "tree", parts, options)
+            if bad:
+                write_report(Path(new) / "tree" / REPORT, bad)
+                say(f"note: {len(samples(bad))} bad samples are left out: see {output / REPORT}")
+            _put_in_place(Path(new), output)
+    except OSError as error:
+        raise DataError(f"{output}: cannot be written: {error.strerror}") from error
     return made
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _check_output(output: Path, options: Options) -> None:
@@ -117,32 +141,38 @@ def _check_output(output: Path, options: Options) -> None:
         raise DataError(f"{output} exists: add --overwrite, or choose another --output")
     if Path(options.source).resolve().is_relative_to(output.resolve()):
         raise DataError(f"{output} holds the --source: choose another --output")
-    known = {"train_split", "val_split", "test_split", "subsets"}
+    known = {"train_split", "val_split", "test_split", "subsets", REPORT}
     strange = sorted({path.name for path in output.iterdir()} - known)
     if strange:
         raise DataError(f"{output} holds {strange[0]!r}, which is not replaced: remove it first")
 
 
-def read_parts(options: Options) -> tuple[dict[str, list[Record]], list[str]]:
-    """Records of "train", "val" and "test", and notes; splits that the data has are kept.
+def read_parts(options: Options) -> tuple[dict[str, list[Record]], list[Bad], list[str]]:
+    """Records of "train", "val" and "test", bad ones, and notes; splits of the data are kept.
 
     Raises:
         DataError: no data, or faults in it.
     """
     from sam2_lora.formats import find, read
     from sam2_lora.records import Reading
-    from sam2_lora.survey import split_by_name
+    from sam2_lora.survey import look_at, split_by_name
 
     root = Path(options.source)
     kind, sources = find(root, options.data_format)
-    total = Reading()
-    parts = {}
+    total = Reading(root)
+    parts, bad = {}, []
     for name, source in sources.items():
-        reading = read(source, kind, root, options.mask_kind)
-        total.problems += reading.problems
-        total.notes += reading.notes
-        parts[name] = reading.records
-    total.stop_if_wrong(str(root.absolute()))
+        reading = read(source, kind, root, options.mask_kind, options.follow_links)
+        total.add(reading)
+        parts[name] = reading.good()
+        bad += [Bad(name, *pair) for pair in reading.bad]
+    total.stop_if_wrong()
+    facts, found = look_at(parts, _settings(options))
+    bad += found
+    parts = {name: [r for r in records if r.key in facts] for name, records in parts.items()}
+    good = {name: len(records) for name, records in parts.items()}
+    report = Path(options.output).with_name(f"{Path(options.output).name}.{REPORT}")
+    stop_or_skip(bad, good, options.on_bad_sample, options.max_bad_fraction, root, report)
     if not any(parts.values()):
         raise DataError(f"{root.absolute()}: no pictures")
     if "all" in parts:
@@ -153,7 +183,12 @@ def read_parts(options: Options) -> tuple[dict[str, list[Record]], list[str]]:
         # The names that rank lowest are in the test split already.
         taken = options.test_share if "all" in sources and "test" not in sources else 0
         parts["train"], parts["val"] = split_by_name(parts["train"], taken + options.val_share)
-    return parts, total.said()
+    return parts, bad, total.said()
+
+
+def _settings(options: Options) -> Config:
+    """What of the settings of training matters here: objects of every size are kept."""
+    return Config(data_root=options.source, objects=options.objects, min_object_area=0)
 
 
 def write_tree(folder: Path, parts: dict[str, list[Record]], options: Options) -> dict[str, int]:
@@ -202,7 +237,7 @@ def annotation(record: Record, options: Options) -> dict[str, Any]:
 
     height, width = record.size
     objects = []
-    for item in objects_of(record, Config(objects=options.objects, min_object_area=0)).kept:
+    for item in objects_of(record, _settings(options)).kept:
         data, origin = encode_bitmap(item)
         objects.append(
             {
@@ -224,11 +259,13 @@ def _link(existing: Path, new: Path) -> None:
         shutil.copyfile(existing, new)
 
 
-def _put_in_place(finished: Path, output: Path) -> None:
+def _put_in_place(folder: Path, output: Path) -> None:
     """Rename the finished tree to its name; an older one is kept until that has worked."""
-    old = output.with_name(f".{output.name}.replaced")
-    shutil.rmtree(old, ignore_errors=True)
     if output.exists():
-        output.rename(old)
-    finished.rename(output)
-    shutil.rmtree(old, ignore_errors=True)
+        output.rename(folder / "old")
+    try:
+        (folder / "tree").rename(output)
+    except OSError:
+        if (folder / "old").exists():
+            (folder / "old").rename(output)
+        raise

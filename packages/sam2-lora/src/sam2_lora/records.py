@@ -7,9 +7,10 @@ tens of thousands of pictures are ready within seconds.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -17,7 +18,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from lora_core.errors import DataError, listing
+from lora_core.errors import DataError, listing, one_line
+from lora_core.validate import validate
 from sam2_lora.config import MaskKind
 from sam2_lora.encodings import (
     decode_bitmap,
@@ -26,15 +28,10 @@ from sam2_lora.encodings import (
     decode_polygon,
     decode_runs,
 )
-from sam2_lora.image import (
-    SUFFIXES,
-    has_more_frames,
-    open_picture,
-    orientation,
-    read_mask,
-    upright_size,
-)
+from sam2_lora.image import SUFFIXES, Header, open_regular, read_header, read_mask
 from sam2_lora.masks import Object, Size, binary_object, objects_by_value, trim
+
+MAX_JSON = 2**31  # bytes; COCO's own files have 0.5 GB
 
 
 class Shape(NamedTuple):
@@ -101,30 +98,63 @@ class Record:
     def _mask_objects(self, path: Path) -> list[Object]:
         values = read_mask(path)
         if values.shape != self.size:
-            raise DataError(f"{path}: {_sizes(values.shape, self.size)}")
+            raise DataError(f"{one_line(path)}: {_sizes(values.shape, self.size)}")
         try:
             if self.mask_kind in {"auto", "binary"}:
                 return binary_object(values, evident=self.mask_kind == "auto", label="object")
             return objects_by_value(values, labels=self.mask_kind == "labels")
         except DataError as error:
-            raise type(error)(f"{path}: {error}") from None
+            raise type(error)(f"{one_line(path)}: {error}") from None
 
 
 @dataclass
 class Reading:
     """What reading a data set gave: its records, and all that is wrong or was passed over."""
 
+    root: Path  # of the data set
+    follow_links: bool = False  # take files that links outside of it lead to
     records: list[Record] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)  # of the data set as a whole
+    bad: list[tuple[str, str]] = field(default_factory=list)  # sample, what is wrong with it
     notes: Counter[str] = field(default_factory=Counter)  # what was passed over -> how often
+    headers: dict[Path, Header | str] = field(default_factory=dict)  # or what is wrong
 
     @contextmanager
-    def collecting(self, where: str = "") -> Iterator[None]:
-        """Add a DataError raised inside to the problems instead of stopping."""
+    def collecting(self, where: str = "", sample: str = "") -> Iterator[None]:
+        """Collect a DataError raised inside instead of stopping.
+
+        Args:
+            where: file and record, for the message.
+            sample: whose fault it is, so that the others can do without it; "": of the whole.
+        """
         try:
             yield
         except DataError as error:
-            self.problems.append(f"{where}: {error}" if where else str(error))
+            text = f"{where}: {error}" if where else str(error)
+            if sample:
+                self.bad.append((sample, text))
+            else:
+                self.problems.append(text)
+
+    def measure(self, pictures: Iterable[Path]) -> None:
+        """Read the headers of pictures, all at once: alone, each would wait for the disk."""
+        paths = [path for path in dict.fromkeys(pictures) if path not in self.headers]
+        outcomes = validate(
+            paths,
+            read_header,
+            kind="sam2 header 1",
+            root=self.root,
+            files=lambda path: [path],
+            what="headers of pictures",
+        )
+        for path, outcome in zip(paths, outcomes, strict=True):
+            if outcome.problem:
+                self.headers[path] = outcome.problem
+                continue
+            size, stored, turned, several = outcome.value
+            self.headers[path] = Header(tuple(size), tuple(stored), turned, several)
+            if several:
+                self.notes["pictures with several frames or pages: the first is used"] += 1
 
     def size_of(self, picture: Path, declared: Size | None = None, source: str = "") -> Size:
         """(height, width) of a picture from its header, which must be what `source` declares.
@@ -132,37 +162,66 @@ class Reading:
         Raises:
             DataError: no readable picture, or another size.
         """
-        with open_picture(picture) as opened:
-            size, stored = upright_size(opened), (opened.height, opened.width)
-            turned = orientation(opened) != 1
-            if has_more_frames(opened):
-                self.notes["pictures with several frames or pages: the first is used"] += 1
+        if picture not in self.headers:
+            self.measure([picture])
+        header = self.headers[picture]
+        if isinstance(header, str):
+            raise DataError(header)
+        size = header.size
         if declared is None or declared == size:
             return size
         reason = ""
-        if turned and declared == stored:
+        if header.turned and declared == header.stored:
             reason = (
                 "; the picture's EXIF orientation turns it, and annotations must mean the upright "
                 "picture: save it without the tag, or annotate what viewers show"
             )
         elif declared == size[::-1]:
             reason = "; width and height seem to be swapped"
-        raise DataError(f"{source}: {_sizes(declared, size)} {picture}{reason}")
+        raise DataError(f"{source}: {_sizes(declared, size)} {one_line(picture)}{reason}")
+
+    def stay_inside(self, path: Path, folder: Path) -> None:
+        """Refuse links that lead out of the folder; the folder itself may be a link.
+
+        Raises:
+            DataError: such a link.
+        """
+        if self.follow_links:
+            return
+        below = [path, *path.parents][: len(path.parts) - len(folder.parts)]
+        linked = any(map(os.path.islink, below))  # resolving every path would be slow
+        if linked and not Path(os.path.realpath(path)).is_relative_to(folder.resolve()):
+            raise DataError(
+                f"{one_line(path)}: a link that leads out of {folder}; copy the file, or add "
+                "--follow_links true"
+            )
 
     def said(self) -> list[str]:
         """The notes as lines for people."""
         return [f"{count} {what}" for what, count in self.notes.items()]
 
-    def stop_if_wrong(self, what: str) -> None:
-        """Raise one DataError for all problems.
+    def add(self, other: Reading) -> None:
+        """Take over what another reading of the same data set found, but for its records."""
+        self.problems += other.problems
+        self.bad += other.bad
+        self.notes += other.notes
+
+    def good(self) -> list[Record]:
+        """The records with which nothing was wrong."""
+        bad = {sample for sample, _ in self.bad}
+        return [record for record in self.records if record.key not in bad]
+
+    def stop_if_wrong(self) -> None:
+        """Raise one DataError for all problems of the data set as a whole.
 
         Raises:
-            DataError: there are any; holds the first 20 and the total.
+            DataError: there are any; holds the first 20, those of samples too, and the total.
         """
         if self.problems:
-            count = len(self.problems)
-            title = f"{what}: {count} problem{'s' if count > 1 else ''}"
-            raise DataError(f"{title}\n{listing(self.problems)}")
+            problems = [*self.problems, *(reason for _, reason in self.bad)]
+            title = f"{self.root.absolute()}: {len(problems)} problem"
+            plural = "s" if len(problems) > 1 else ""
+            raise DataError(f"{title}{plural}\n{listing(problems)}")
 
 
 def _sizes(found: tuple[int, ...], expected: Size) -> str:
@@ -193,13 +252,13 @@ def pictures_in(folder: Path, reading: Reading) -> dict[str, Path]:
         if path.suffix.lower() not in SUFFIXES:
             reading.notes[f"files in {folder} that are no pictures"] += 1
             continue
-        with reading.collecting():
-            _stay_inside(path, folder)
+        with reading.collecting(sample=key_of(path, reading.root)):
+            reading.stay_inside(path, folder)
             found[name] = path
     return found
 
 
-def inside(folder: Path, name: object) -> Path:
+def inside(folder: Path, name: object, reading: Reading) -> Path:
     """The file `name` below `folder`, as an annotation file names it.
 
     Raises:
@@ -211,46 +270,86 @@ def inside(folder: Path, name: object) -> Path:
     if path.is_absolute() or ".." in path.parts or ":" in name:
         raise DataError(f"file name {name!r}: must be a path below {folder}")
     full = folder / path
-    _stay_inside(full, folder)
+    reading.stay_inside(full, folder)
     return full
 
 
-def _stay_inside(path: Path, folder: Path) -> None:
-    """Refuse links that lead out of the folder; the folder itself may be a link.
-
-    Raises:
-        DataError: such a link.
-    """
-    below = [path, *path.parents][: len(path.parts) - len(folder.parts)]
-    linked = any(part.is_symlink() for part in below)  # resolving every path would be slow
-    if linked and not path.resolve().is_relative_to(folder.resolve()):
-        raise DataError(f"{path}: a link that leads out of {folder}; copy the file")
-
-
 def read_json(path: Path) -> Any:
-    """The value in a JSON file, with or without byte-order mark.
+    """The value in a JSON file of one sample, with or without byte-order mark.
 
     Raises:
-        DataError: missing, not JSON (with line and column), or nested too deeply.
+        DataError: as `read_json_of_many`; or NaN or Infinity, with its place.
     """
+    content, finite = read_json_of_many(path)
+    if not finite:
+        raise DataError(f"{one_line(path)}: {not_finite(content)}")
+    return content
+
+
+def read_json_of_many(path: Path) -> tuple[Any, bool]:
+    """The value in a JSON file, and whether all its numbers are finite, as JSON demands.
+
+    Raises:
+        DataError: missing, too large, not JSON (with line and column), or nested too deeply.
+    """
+    constants: list[str] = []
+
+    def constant(name: str) -> float:
+        constants.append(name)
+        return float(name)
+
+    data = _json_bytes(path)
     try:
-        data = path.read_bytes()
-        return json.loads(data.decode("utf-8-sig"))
-    except FileNotFoundError:
-        raise DataError(f"{path.absolute()}: no such file") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        return json.loads(data.decode("utf-8-sig"), parse_constant=constant), not constants
     except UnicodeDecodeError:
-        kind = "gzip: unpack it" if data.startswith(b"\x1f\x8b") else "not UTF-8 text"
-        raise DataError(f"{path}: {kind}") from None
+        raise DataError(f"{one_line(path)}: {_encoding(data)}") from None
     except RecursionError:
-        raise DataError(f"{path}: nested too deeply") from None
+        raise DataError(f"{one_line(path)}: nested too deeply") from None
     except json.JSONDecodeError as error:
         hint = ""
         if error.msg == "Extra data":
             hint = "; if it is JSON Lines, put its lines into one list"
-        place = f"{path}:{error.lineno}:{error.colno}"
+        elif "\0" in error.doc[:4]:
+            hint = f"; {_encoding(data)}"
+        place = f"{one_line(path)}:{error.lineno}:{error.colno}"
         raise DataError(f"{place}: not JSON: {error.msg}{hint}") from None
+    except ValueError:  # Python refuses to read integers of thousands of digits
+        raise DataError(f"{one_line(path)}: holds a number of thousands of digits") from None
+
+
+def _json_bytes(path: Path) -> bytes:
+    try:
+        with open_regular(path) as file:
+            length = os.fstat(file.fileno()).st_size
+            if length > MAX_JSON:
+                raise DataError(
+                    f"{one_line(path)}: {length / 1e9:.1f} GB of JSON are more than "
+                    f"{MAX_JSON / 1e9:.1f}: split the data set"
+                )
+            return file.read()
+    except OSError as error:
+        raise DataError(f"{one_line(path)}: cannot be read: {error.strerror}") from None
+
+
+def _encoding(data: bytes) -> str:
+    """Why a file is no UTF-8 text, from its first bytes."""
+    if data.startswith(b"\x1f\x8b"):
+        return "gzip: unpack it"
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:4]:
+        return "UTF-16 text: save it as UTF-8"
+    return "not UTF-8 text"
+
+
+def not_finite(value: Any, place: str = "") -> str:
+    """The first NaN or Infinity in a JSON value, as "bbox[2] is nan", or ""."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{place or 'it'} is {value}, expected a finite number"
+    items: Iterable[tuple[str, Any]] = ()
+    if isinstance(value, dict):
+        items = ((f"{place}.{key}" if place else str(key), item) for key, item in value.items())
+    elif isinstance(value, list):
+        items = ((f"{place}[{number}]", item) for number, item in enumerate(value))
+    return next((found for inner, item in items if (found := not_finite(item, inner))), "")
 
 
 def is_whole(value: object) -> bool:

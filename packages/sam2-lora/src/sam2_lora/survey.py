@@ -1,20 +1,27 @@
-"""What the records of a data set hold: objects, counts, faults, splits, doubles."""
+"""What a data set holds: its splits, objects and counts, and what is wrong with it."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from lora_core.errors import DataError
+import numpy as np
+import PIL
+
+from lora_core.errors import ConfigError, DataError, one_line
+from lora_core.validate import REPORT, Bad, samples, stop_or_skip, validate
 from sam2_lora.config import Config
+from sam2_lora.formats import SPLITS, find, read
+from sam2_lora.image import read_image
 from sam2_lora.masks import Object, components, union
-from sam2_lora.records import Record
+from sam2_lora.records import Reading, Record
 
-# Mask files are decoded to be counted and checked: some seconds. Of a larger set, an even part is.
-MASK_PIXELS = 500_000_000
+Parts = dict[str, list[Record]]  # by split: "train", "val", "test"
+Facts = Mapping[str, Any]  # {"objects": {class: count}, "small": count}
 
 
 class Found(NamedTuple):
@@ -47,36 +54,249 @@ class Counts:
     """What was found in the pictures of one split."""
 
     pictures: int = 0
-    looked_at: int = 0  # fewer than `pictures` if only a part was decoded
     empty: int = 0  # pictures without any annotation
     small: int = 0  # objects left out
     objects: Counter[str] = field(default_factory=Counter)  # per class
-    problems: list[str] = field(default_factory=list)
 
 
-def check(records: Sequence[Record], cfg: Config) -> Counts:
-    """Decode the annotations of records, count the objects and collect what cannot be decoded.
-
-    Every annotation is decoded; of mask files, as many as `MASK_PIXELS` allows, evenly spread.
-    Pictures are known by their headers only: a picture that is cut off is found when it is read.
-    """
-    pixels = sum(record.size[0] * record.size[1] for record in records if record.mask is not None)
-    step = -(-pixels // MASK_PIXELS) or 1
-    counts = Counts(pictures=len(records))
-    for record in records[::step]:
-        try:
-            found = objects_of(record, cfg)
-        except DataError as error:
-            counts.problems += str(error).splitlines()
-            continue
-        counts.looked_at += 1
-        counts.empty += not found.kept and not found.small
-        counts.small += len(found.small)
-        counts.objects.update(item.label for item in found.kept)
+def count(facts: Iterable[Facts]) -> Counts:
+    """Add up what is known of pictures."""
+    counts = Counts()
+    for known in facts:
+        counts.pictures += 1
+        counts.empty += not known["objects"] and not known["small"]
+        counts.small += known["small"]
+        counts.objects.update(known["objects"])
     return counts
 
 
+# -- looking at every picture ----------------------------------------------------------------------
+
+
+def look(record: Record, cfg: Config) -> dict[str, Any]:
+    """Decode a picture and all that is annotated on it, wholly; give facts about it.
+
+    Raises:
+        DataError: anything cannot be decoded, or does not fit; a line for each.
+    """
+    problems: list[str] = []
+    found = Found([], [])
+    try:
+        height, width, _ = read_image(record.image).shape
+        if (height, width) != record.size:
+            problems.append(
+                f"{one_line(record.image)}: {width} x {height} pixels, unlike its header"
+            )
+    except DataError as error:
+        problems.append(str(error))
+    try:
+        found = objects_of(record, cfg)
+    except DataError as error:
+        problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+    return {"objects": Counter(item.label for item in found.kept), "small": len(found.small)}
+
+
+def look_at(
+    parts: Mapping[str, Sequence[Record]], cfg: Config
+) -> tuple[dict[str, Facts], list[Bad]]:
+    """Facts of every good record by its key, and the bad ones."""
+    pairs = [(split, record) for split, records in parts.items() for record in records]
+    outcomes = validate(
+        pairs,
+        lambda pair: look(pair[1], cfg),
+        kind=f"sam2 record 1 {cfg.objects} {cfg.min_object_area} PIL {PIL.__version__}",
+        root=Path(cfg.data_root),
+        files=lambda pair: [path for path in (pair[1].image, pair[1].mask) if path],
+        name=lambda pair: str(pair[1].image),
+        content=lambda pair: identity(pair[1]),
+        what="pictures and annotations",
+    )
+    facts: dict[str, Facts] = {}
+    bad = []
+    for (split, record), outcome in zip(pairs, outcomes, strict=True):
+        if outcome.problem:
+            bad.append(Bad(split, record.key, outcome.problem))
+        else:
+            facts[record.key] = outcome.value
+    return facts, bad
+
+
+# -- stopping, or going on with the rest -----------------------------------------------------------
+
+
+def settled(parts: Parts, known: list[Bad], cfg: Config) -> tuple[dict[str, Facts], list[Bad]]:
+    """Facts of the good pictures, and those that are left out.
+
+    Raises:
+        DataError: there are bad ones, and they may not be left out.
+    """
+    facts, found = look_at(parts, cfg)
+    bad = [*known, *found]
+    good = {split: sum(r.key in facts for r in records) for split, records in parts.items()}
+    root = Path(cfg.data_root)
+    report = None if cfg.dry_run else Path(cfg.output_dir) / REPORT
+    stop_or_skip(bad, good, cfg.on_bad_sample, cfg.max_bad_fraction, root, report)
+    return facts, bad
+
+
+def without(parts: Parts, bad: Sequence[Bad], facts: Mapping[str, Facts], cfg: Config) -> Parts:
+    """The records without the bad ones.
+
+    Raises:
+        DataError: a record that the first process has not looked at.
+    """
+    gone = {one.sample for one in bad}
+    parts = {
+        split: [record for record in records if record.key not in gone]
+        for split, records in parts.items()
+    }
+    keys = {record.key for records in parts.values() for record in records}
+    if other := sorted(keys ^ facts.keys()):
+        raise DataError(
+            f"{Path(cfg.data_root).absolute()}: not the pictures that the first process of the run "
+            f"sees: {len(other)} differ, such as {other[0]}; all machines need the same data set"
+        )
+    return parts
+
+
+def counted(parts: Parts, facts: Mapping[str, Facts], cfg: Config) -> dict[str, Counts]:
+    """Counts of each split.
+
+    Raises:
+        DataError: a split without pictures or without objects.
+    """
+    root = Path(cfg.data_root).absolute()
+    counts = {
+        split: count(facts[record.key] for record in records) for split, records in parts.items()
+    }
+    for name, part in counts.items():
+        if not part.pictures:
+            raise DataError(f"{root}: no pictures in the {name} split")
+        if not part.objects and name != "test":
+            raise DataError(
+                f"{root}: no objects in the {part.pictures} pictures of "
+                f"the {name} split ({part.small} are smaller than --min_object_area): add pictures "
+                "with objects to it, or set --val_fraction if it is cut from the training pictures"
+            )
+    return counts
+
+
+def left_out(bad: Sequence[Bad]) -> list[str]:
+    """A line for each split with bad samples."""
+    per_split = Counter(split for split, _ in samples(bad))
+    first = {one.split: one.reason.splitlines()[0] for one in reversed(bad)}
+    return [
+        f"{number} bad samples of {split} are left out, the first: {first[split]}"
+        for split, number in per_split.items()
+    ]
+
+
+def remarks(parts: Parts) -> list[str]:
+    """What to be careful about."""
+    found = []
+    for name in ("val", "test"):
+        keys = doubles(parts.get(name, []), parts["train"])
+        if keys:
+            found.append(
+                f"{len(keys)} pictures of {name} are in train too, so that its scores flatter: "
+                + ", ".join(keys[:3])
+                + (", ..." if len(keys) > 3 else "")
+            )
+    return found
+
+
+# -- identity --------------------------------------------------------------------------------------
+
+
+def identity(record: Record) -> str:
+    """Digest of what is annotated on a picture, wherever the data lies: 32 hexadecimal digits.
+
+    It covers the picture's size and its annotations as they were read, not the content of files.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    _add(digest, [*record.size, record.mask_kind, record.merged])
+    for shape in record.shapes:
+        _add(digest, [shape.kind, shape.label, shape.data])
+    return digest.hexdigest()
+
+
+def file_length(path: Path) -> int:
+    """Bytes of a file.
+
+    Raises:
+        DataError: it is gone.
+    """
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{one_line(path.absolute())}: {error.strerror}") from error
+
+
+def _add(digest: hashlib.blake2b, value: Any) -> None:
+    """Add lists, tuples, arrays, numbers and text; type and length keep them apart."""
+    if isinstance(value, np.ndarray):
+        digest.update(f"{value.dtype}{value.shape}".encode())
+        digest.update(np.ascontiguousarray(value).data)
+    elif isinstance(value, list | tuple):
+        digest.update(f"[{len(value)}".encode())
+        if len(value) > 32 and all(type(item) is int for item in value):  # run lengths: quick
+            digest.update(repr(value).encode())
+            return
+        for item in value:
+            _add(digest, item)
+    else:
+        text = repr(value).encode("utf-8", "surrogateescape")
+        digest.update(f"{len(text)}:".encode() + text)
+
+
 # -- splits ----------------------------------------------------------------------------------------
+
+
+def read_parts(cfg: Config, wanted: Sequence[str]) -> tuple[Parts, list[Bad], Reading]:
+    """Records of the wanted splits, those that are known to be bad, and notes.
+
+    Raises:
+        DataError: no data, or something wrong with the data set as a whole.
+        ConfigError: `cfg.dataset_size` names a subset that does not exist.
+    """
+    root = Path(cfg.data_root)
+    kind, sources = find(root, cfg.data_format)
+    if cfg.dataset_size != "full":
+        sources["train"] = _subset_folder(cfg, kind)
+    whole = "train" if "train" in sources else "all"
+    if "train" in wanted and whole not in sources:
+        names = " or ".join(SPLITS["train"])
+        raise DataError(f"{root.absolute()}: the training split ({names}) is missing")
+    to_split = "val" in wanted and "val" not in sources
+    to_read = {*wanted, whole} if to_split or "train" in wanted else set(wanted)
+    parts: Parts = {}
+    bad: list[Bad] = []
+    total = Reading(root)
+    for name in sorted(to_read & sources.keys()):
+        reading = read(sources[name], kind, root, cfg.mask_kind, cfg.follow_links)
+        total.add(reading)
+        parts[name] = reading.good()
+        bad += [Bad("train" if name == "all" else name, *pair) for pair in reading.bad]
+    total.stop_if_wrong()
+    if to_split and whole in parts:
+        parts["train"], parts["val"] = split_by_name(parts.pop(whole), cfg.val_fraction)
+    elif whole == "all" and whole in parts:
+        parts["train"] = parts.pop(whole)
+    if cfg.max_val_images and "val" in parts:
+        parts["val"] = subset(parts["val"], cfg.max_val_images)
+    return {name: parts[name] for name in SPLITS if name in parts}, bad, total
+
+
+def _subset_folder(cfg: Config, kind: str) -> Path:
+    folder = Path(cfg.data_root) / "subsets" / f"{cfg.dataset_size}_subset"
+    if kind != "severstal" or not folder.is_dir():
+        raise ConfigError(
+            f"--dataset_size {cfg.dataset_size}: {folder.absolute()}: no such folder; "
+            "`sam2-lora prepare` makes the Severstal splits with their subsets"
+        )
+    return folder
 
 
 def rank(record: Record) -> float:
@@ -124,14 +344,26 @@ def doubles(some: Sequence[Record], others: Sequence[Record]) -> list[str]:
     return [record.key for record in some]
 
 
-def _length(record: Record) -> int:
-    return record.image.stat().st_size
+def _length(record: Record) -> object:
+    return _read(record, lambda path: path.stat().st_size)
 
 
-def _beginning(record: Record) -> bytes:
-    with record.image.open("rb") as file:
-        return file.read(2**12)
+def _beginning(record: Record) -> object:
+    return _read(record, lambda path: _head(path, 2**12))
 
 
-def _content(record: Record) -> bytes:
-    return hashlib.sha256(record.image.read_bytes()).digest()
+def _content(record: Record) -> object:
+    return _read(record, lambda path: hashlib.sha256(path.read_bytes()).digest())
+
+
+def _head(path: Path, size: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(size)
+
+
+def _read(record: Record, get: Callable[[Path], object]) -> object:
+    """What `get` gives; of a file that is gone meanwhile, something that equals nothing else."""
+    try:
+        return get(record.image)
+    except OSError:
+        return object()

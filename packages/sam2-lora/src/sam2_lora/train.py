@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_core.config import parse
 from lora_core.errors import ConfigError
 from lora_core.errors import run as guarded
+from lora_core.guards import Guards
 from lora_core.report import RunLog, say, table
-from sam2_lora.artifacts import Artifacts, Run, find_run, new_run
+from sam2_lora.artifacts import Artifacts, Run, checkpoint_of, find_run, new_run, unfinished
 from sam2_lora.config import Config
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
-    from transformers import Sam2Model
+    from transformers import Sam2Model, TrainingArguments
 
     from lora_core.trainer import LoraTrainer
     from sam2_lora.data import EvalSet, Splits
@@ -31,6 +34,18 @@ COLUMNS = (
 )  # fmt: skip
 SHOWN = ("iou", "dice", "box_iou", "click3_iou")
 PICTURES = 4  # overlays per validation in TensorBoard
+# Settings that a resumed run may change. Paths may: what lies there is compared. The product of
+# batch size, accumulated batches and processes must stay.
+MAY_CHANGE = frozenset(
+    [
+        "learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "steps",
+        "batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "precision",
+        "checkpoint", "adapter", "data_root", "data_format", "follow_links",
+        "output_dir", "logs_dir", "cache_dir", "cache_gb", "resume", "tensorboard", "trainer",
+        "num_workers", "device", "log_steps", "eval_steps", "patience", "min_delta", "keep_best",
+        *(field.name for field in fields(Guards)),
+    ]
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,57 +60,51 @@ def train(argv: Sequence[str]) -> int:
         UserError: settings, data or checkpoints that cannot be used; nothing is lost.
     """
     cfg, run = settings(argv)
+    ready(cfg, run)
+    if cfg.dry_run:
+        from sam2_lora import dry_run
 
-    from lora_core.trainer import (
-        LoraTrainer,
-        choose_device,
-        choose_precision,
-        first_rank_decides,
-        training_arguments,
-    )
-    from sam2_lora import data, losses, metrics, model, placement
+        return dry_run.run(cfg)
+
+    from lora_core.distributed import together
+    from lora_core.training_arguments import choose_device
 
     device = choose_device(cfg.device)
-    choose_precision(cfg.precision, device)  # raises before anything slow
-    splits = data.load(cfg)
+    with together(device, cfg.trainer.get("ddp_timeout")):
+        return fit(cfg, run, device)
+
+
+def fit(cfg: Config, run: Run | None, device: torch.device) -> int:
+    """Load data and weights, train, and write the results; the same in every process."""
+    from lora_core.disk import check_space, folder_bytes
+    from lora_core.distributed import first_rank_decides
+    from lora_core.trainer import LoraTrainer, choose_precision
+    from sam2_lora import data, losses, memory, metrics, model, placement
+
+    splits = data.load(cfg, lambda make: first_rank_decides(make, device))
     say(f"{splits}\n")
+    choose_precision(cfg.precision, device)  # wakes a GPU, so after the data
     network = model.build(cfg)
     if cfg.adapter:
         cfg = warm_start(network, cfg)
     else:
         say(placement.adapt(network, cfg))
     network.to(device)
-    size = network.sam2_base.variant.rpartition("_hiera_")[2]
-    run = run or first_rank_decides(lambda: new_run(cfg, size), device)
     if cfg.cache_dir:
         splits.train.features = cached_features(network, cfg)
+    cfg = memory.fitted(network, splits.train, cfg)
+    written = folder_bytes(run.folder) if run else 0
+    check_space(memory.disk_use(network, cfg), cfg.output_dir, written)
+    size = network.sam2_base.variant.rpartition("_hiera_")[2]
+    run = run or first_rank_decides(lambda: new_run(cfg, size), device)
+    list_bad_samples(run, splits, device)
 
     log = RunLog(run.folder, run.csv(cfg), COLUMNS, cfg.tensorboard)
-    artifacts = Artifacts(run, network, cfg)
-
-    def keep_latest(step: int) -> None:
-        artifacts.latest(step)
-        show(network, splits.val, log, step)
-
+    prints = fingerprints(network, splits)
+    artifacts = Artifacts(run, network, cfg, prints["data"])
     trainer = LoraTrainer(
         network,
-        training_arguments(
-            run.state,
-            learning_rate=cfg.learning_rate,
-            weight_decay=cfg.weight_decay,
-            steps=cfg.steps,
-            batch_size=cfg.batch_size,
-            gradient_accumulation_steps=cfg.gradient_accumulation_steps,
-            warmup_steps=cfg.warmup_steps,
-            max_grad_norm=cfg.max_grad_norm,
-            log_steps=cfg.log_steps,
-            eval_steps=cfg.eval_steps,
-            seed=cfg.seed,
-            num_workers=0 if cfg.cache_dir else cfg.num_workers,
-            precision=cfg.precision,
-            device=device,
-            trainer=cfg.trainer,
-        ),
+        arguments(cfg, run.state, device),
         splits.train,
         data.collate,
         lambda net, batch: losses.loss(net, batch, cfg),
@@ -105,14 +114,70 @@ def train(argv: Sequence[str]) -> int:
         min_delta=cfg.min_delta,
         shown=SHOWN,
         on_best=artifacts.best,
-        on_latest=keep_latest,
+        on_latest=artifacts.latest,
+        draw=lambda step: show(network, splits.val, log, step),
         save_adapter=lambda path: model.save_adapter(network, path),
         referenced=artifacts.steps,
+        count=losses.object_count,
+        sharded=network.vision_encoder.backbone.blocks if cfg.shard_base else (),
+        guards=cfg,
+        settings=asdict(cfg),
+        fingerprints=prints,
+        may_change=MAY_CHANGE,
+        resume_with=f"sam2-lora train --resume {run.folder}",
+        advice=memory.advice(cfg),
     )
-    trainer.train(resume_from_checkpoint=bool(cfg.resume) or None)
+    trainer.train(resume_from_checkpoint=checkpoint_of(run, cfg.resume) if cfg.resume else None)
+    if trainer.already_done and run.summary.is_file():
+        say(f"nothing was changed; results: {run.folder}")
+        return 0
     first_rank_decides(lambda: conclude(trainer, artifacts, splits, cfg), device)
     log.close()
     return 0
+
+
+def fingerprints(network: Sam2Model, splits: Splits) -> dict[str, str]:
+    """What tells another base or other data from those that a run began with."""
+    from sam2_lora.data import fingerprint
+
+    base = network.sam2_base.fingerprint
+    return {"data": fingerprint(splits)} | ({"base": base} if base else {})
+
+
+def list_bad_samples(run: Run, splits: Splits, device: torch.device) -> None:
+    """Write what was left out, and why, into the folder of the run."""
+    from lora_core.distributed import first_rank_decides
+    from lora_core.validate import REPORT, write_report
+
+    if splits.bad:
+        first_rank_decides(lambda: write_report(run.folder / REPORT, splits.bad), device)
+
+
+def arguments(cfg: Config, folder: str | Path, device: torch.device) -> TrainingArguments:
+    """The configuration as transformers' TrainingArguments.
+
+    Raises:
+        ConfigError: see `lora_core.training_arguments`.
+    """
+    from lora_core.training_arguments import training_arguments
+
+    return training_arguments(
+        folder,
+        learning_rate=cfg.learning_rate,
+        weight_decay=cfg.weight_decay,
+        steps=cfg.steps,
+        batch_size=cfg.batch_size,
+        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
+        warmup_steps=cfg.warmup_steps,
+        max_grad_norm=cfg.max_grad_norm,
+        log_steps=cfg.log_steps,
+        eval_steps=cfg.eval_steps,
+        seed=cfg.seed,
+        num_workers=0 if cfg.cache_dir else cfg.num_workers,
+        precision=cfg.precision,
+        device=device,
+        trainer=cfg.trainer,
+    )
 
 
 def settings(argv: Sequence[str]) -> tuple[Config, Run | None]:
@@ -121,8 +186,54 @@ def settings(argv: Sequence[str]) -> tuple[Config, Run | None]:
     cfg = parse(Config, argv, **about)
     if not cfg.resume:
         return cfg, None
-    run = find_run(cfg.resume)
+    if cfg.adapter:
+        raise ConfigError(
+            "--resume continues a run with all its state, --adapter starts a new run from weights "
+            "alone: give one of them"
+        )
+    if cfg.resume == "latest":
+        found = unfinished(replace(cfg, resume=None))
+        if found is None:
+            say(f"no unfinished run with these settings in {cfg.output_dir}: a new one begins")
+            return replace(cfg, resume=None), None
+        cfg = replace(cfg, resume=str(found))
+    run = find_run(str(cfg.resume))
     return parse(Config, ["--config", str(run.config), *argv], **about), run
+
+
+def ready(cfg: Config, run: Run | None) -> None:
+    """Refuse what can be known before data, weights and the GPU are touched.
+
+    Raises:
+        ConfigError: libraries, folders, a device or settings of the trainer that cannot work.
+        CheckpointError: no such base, or one of another model, as far as its header tells.
+    """
+    from lora_core import preflight
+
+    preflight.check_all(
+        lambda: preflight.versions("sam2-lora", "lora-core[train,peft]", optional=("peft",)),
+        preflight.torchvision,
+    )
+    import torch
+
+    from lora_core.training_arguments import check_extra, choose_device, choose_precision
+    from sam2_lora import model
+
+    def works_on_the_device() -> None:
+        elsewhere = cfg.dry_run and cfg.device != "cpu"  # it may be done where there is no GPU
+        device = torch.device("cuda") if elsewhere else choose_device(cfg.device)
+        if device.type == "cpu":  # to ask a GPU would wake it
+            choose_precision(cfg.precision, device)
+        check_extra(cfg.trainer, device, SHOWN)
+
+    folders = {"--output_dir": run.folder if run else cfg.output_dir, "--logs_dir": cfg.logs_dir}
+    if cfg.cache_dir:
+        folders["--cache_dir"] = cfg.cache_dir
+    preflight.check_all(
+        *(partial(preflight.writable, path, setting) for setting, path in folders.items()),
+        works_on_the_device,
+        partial(model.glance, cfg),
+    )
 
 
 def warm_start(network: Sam2Model, cfg: Config) -> Config:
@@ -135,7 +246,7 @@ def warm_start(network: Sam2Model, cfg: Config) -> Config:
     from lora_core import summary
     from sam2_lora.model import load_adapter
 
-    load_adapter(network, str(cfg.adapter))
+    load_adapter(network, str(cfg.adapter), cfg.allow_partial)
     say(f"starting from {cfg.adapter}; its rank, alpha and layers are used")
     say(report := summary(network))
     if cfg.cache_dir and any(row.path.startswith("vision_encoder.") for row in report.rows):
@@ -175,7 +286,7 @@ def cached_features(network: Sam2Model, cfg: Config) -> Callable[[Record], dict[
 
 def show(network: Sam2Model, val: EvalSet | None, log: RunLog, step: int) -> None:
     """Overlays of some validation pictures for TensorBoard: base, LoRA, truth."""
-    if val is None or not log.shows_pictures:
+    if val is None or not log.shows_pictures or step == 0:  # when LoRA is the base
         return
     from sam2_lora.evaluate import compare
     from sam2_lora.predictor import Predictor
@@ -187,9 +298,13 @@ def show(network: Sam2Model, val: EvalSet | None, log: RunLog, step: int) -> Non
 
 def conclude(trainer: LoraTrainer, artifacts: Artifacts, splits: Splits, cfg: Config) -> None:
     """Write the last files, score the best adapter on the test split, and say where all is."""
+    from lora_core.out_of_memory import explained
+    from lora_core.validate import REPORT, samples
+
     run, step, best = artifacts.run, trainer.state.global_step, trainer.best
     artifacts.final(step, has_best=best is not None)
-    test = score_test(trainer, splits.test, cfg) if splits.test else {}
+    with explained(trainer.network, lambda: "the test at the end", trainer.advice):
+        test = score_test(artifacts, splits.test) if splits.test else {}
     stopped = step < cfg.steps
     artifacts.summary(
         actual_steps=step,
@@ -197,29 +312,40 @@ def conclude(trainer: LoraTrainer, artifacts: Artifacts, splits: Splits, cfg: Co
         best_step=best and best["step"],
         final_train_iou=_last_train_iou(run.csv(cfg)),
         early_stopping_triggered=stopped,
+        bad_samples=len(samples(splits.bad)),
+        dropped_updates=trainer.dropped,
         test=test,
     )
     say(f"\nresults: {run.folder}\n  adapter for PEFT: {run.folder / 'adapter'}")
     for path in sorted(run.folder.glob("*.torch")):
         say(f"  {path.name}")
     say(f"  figures: {run.csv(cfg)}")
+    if splits.bad:
+        say(f"  left out: {len(samples(splits.bad))} bad samples, see {run.folder / REPORT}")
 
 
-def score_test(trainer: LoraTrainer, test: EvalSet, cfg: Config) -> dict[str, dict[str, float]]:
-    """Figures of the base and of the best adapter on the test split."""
-    from lora_core import adapters_off, checkpoint
+def score_test(artifacts: Artifacts, test: EvalSet) -> dict[str, dict[str, float]]:
+    """Figures of the base and of the best adapter on the test split.
+
+    The adapter is read from its folder, as its users will, so that the figures are those of the
+    file and not of the network in memory.
+    """
+    from lora_core import adapters_off
+    from sam2_lora.evaluate import worse
     from sam2_lora.metrics import evaluate
+    from sam2_lora.model import image_size, load
 
-    network: Any = trainer.network
-    if trainer.best:
-        folder = checkpoint.folder(trainer.args.output_dir, trainer.best["step"])
-        checkpoint.load_tensors(network, checkpoint.load(folder)["tensors"])
+    live, cfg = artifacts.model, artifacts.cfg
+    network = load(live.sam2_base.path, image_size(live), artifacts.run.folder / "adapter")
+    network.to(next(live.parameters()).device)
     with adapters_off(network):
         base = evaluate(network, test, cfg)
     figures = {"base": base, "lora": evaluate(network, test, cfg)}
     say("\ntest split")
     rows = [[name, *(values[key] for key in SHOWN)] for name, values in figures.items()]
     say(table(["model", *SHOWN], rows))
+    if text := worse(figures):
+        say(text)
     return figures
 
 

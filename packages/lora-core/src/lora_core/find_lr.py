@@ -1,0 +1,299 @@
+"""Find a learning rate: raise it exponentially over a short training and look at the loss.
+
+After Smith, "Cyclical Learning Rates for Training Neural Networks" (2017), with one addition: a
+batch's loss is divided by what the same batch gave before the first update. The noise between easy
+and hard batches, far larger than what a hundred updates gain, cancels in that ratio; so does that
+of dropout, since both are computed with the same seed.
+
+    q(k) = loss of step k / loss of the same batch at the start        1 where nothing was learned
+    s(k) = exp of the mean of ln q over the steps around k, Gaussian weights of width `WIDTH`
+
+The suggestion is the rate at which ln s has come half the way down to its lowest point. That is
+where the curve is steep; the steepest point itself would hang on single batches.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from lora_core import checkpoint_state
+from lora_core.errors import ConfigError, NumericError
+from lora_core.injection import parameter_groups
+from lora_core.memory import AUTOCAST
+from lora_core.report import Progress
+from lora_core.schedule import EpochSampler
+from lora_core.tensor_file import atomic_write
+from lora_core.training_checks import check_trainable
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Loss = Callable[[nn.Module, Any], tuple[Tensor, Any]]
+WIDTH = 5.0  # steps
+RECENT = 8  # steps whose mean says whether the loss has diverged
+DIVERGED = 1.5  # times the lowest such mean: the ramp ends
+LEARNED = 0.98  # a smoothed ratio above it is noise
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a ramp gave, one entry per update.
+
+    Attributes:
+        rates: learning rates, rising.
+        ratios: loss over the loss of the same batch at the start.
+        smooth: the ratios smoothed.
+    """
+
+    rates: tuple[float, ...]
+    ratios: tuple[float, ...]
+    smooth: tuple[float, ...]
+
+    @property
+    def learned(self) -> bool:
+        """Whether the loss fell by more than noise."""
+        return min(self.smooth, default=1.0) < LEARNED
+
+    @property
+    def suggestion(self) -> float:
+        """The rate half the way down.
+
+        Raises:
+            NumericError: the loss never fell by more than noise.
+        """
+        if not self.learned:
+            raise NumericError(
+                f"no learning rate from {self.rates[0]:.0e} to {self.rates[-1]:.0e} made the loss "
+                "fall: take more steps or larger batches, and look whether the adapted layers can "
+                "matter"
+            )
+        half = math.sqrt(min(self.smooth))  # of the way, in logarithms
+        return next(r for r, s in zip(self.rates, self.smooth, strict=True) if s <= half)
+
+
+def smoothed(ratios: Sequence[float]) -> list[float]:
+    """s of the module's formulas."""
+    logs = np.log(np.maximum(ratios, 1e-12))
+    steps = np.arange(len(logs))
+    weights = np.exp(-0.5 * ((steps[:, None] - steps) / WIDTH) ** 2)
+    return np.exp(weights @ logs / weights.sum(1)).tolist() if ratios else []
+
+
+def has_diverged(ratios: Sequence[float]) -> bool:
+    """Whether the mean of the last steps lies far above the lowest such mean."""
+    if len(ratios) < RECENT:
+        return False
+    logs = np.log(np.maximum(ratios, 1e-12))
+    means = np.convolve(logs, np.full(RECENT, 1 / RECENT), "valid")
+    return bool(means[-1] > means.min() + math.log(DIVERGED))
+
+
+def rounded(rate: float) -> float:
+    """A learning rate with one significant digit."""
+    return float(f"{rate:.0e}")
+
+
+def ramp(
+    network: nn.Module,
+    loss: Loss,
+    train_set: Dataset[Any],
+    collate: Callable[[list[Any]], Any],
+    *,
+    batch_size: int,
+    accumulation: int = 1,
+    steps: int = 100,
+    low: float = 1e-5,
+    high: float = 1.0,
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 1.0,
+    seed: int = 42,
+    precision: str = "fp32",
+    num_workers: int = 0,
+) -> Curve:
+    """Train `steps` updates with AdamW while the rate rises from `low` to `high`.
+
+    Afterwards the adapters, modes and random generators are as before, bit for bit. Deterministic
+    on the CPU.
+
+    Raises:
+        ConfigError: rates that do not rise, or too few steps.
+        NumericError: the loss is not finite before any update.
+    """
+    if not 0 < low < high or steps < 10:
+        raise ConfigError(f"a ramp of {steps} steps from {low:g} to {high:g}: at least 10, rising")
+    check_trainable(network)
+    from lora_core.training_flow import LossModule
+
+    kept = {name: tensor.clone() for name, tensor in checkpoint_state.tensors(network).items()}
+    modes = {module: module.training for module in network.modules()}
+    randoms = checkpoint_state.random_state()
+    try:
+        module = LossModule(network, loss).train()
+        order = list(EpochSampler(len(train_set), seed))  # type: ignore[arg-type]
+        order = order[: steps * accumulation * batch_size]
+        loader = DataLoader(
+            Subset(train_set, order), batch_size, collate_fn=collate, num_workers=num_workers
+        )
+        groups = parameter_groups(network, low, weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=low)
+        rates = [low * (high / low) ** (k / (steps - 1)) for k in range(steps)]
+        started = _before(module, loader, seed, precision)
+        batches = _again_and_again(started, loader)
+        windows = zip(*[batches] * accumulation, strict=False)  # of as many batches each
+        return _climb(module, optimizer, windows, rates, max_grad_norm, precision)
+    finally:
+        checkpoint_state.set_random_state(randoms)
+        network.zero_grad(set_to_none=True)
+        checkpoint_state.load_tensors(network, kept)
+        for part, mode in modes.items():
+            part.training = mode
+
+
+def _before(
+    module: nn.Module, loader: Iterable[Any], seed: int, precision: str
+) -> list[tuple[int, float]]:
+    """For every batch a seed, and its loss with that seed before the first update."""
+    found = []
+    with torch.no_grad():
+        for number, batch in enumerate(loader):
+            torch.manual_seed(seed + number)
+            found.append((seed + number, float(_loss(module, batch, precision))))
+    if not all(math.isfinite(value) and value > 0 for _, value in found):
+        raise NumericError("the loss is not finite and positive before any update: check the data")
+    return found
+
+
+def _climb(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    windows: Iterable[Sequence[tuple[tuple[int, float], Any]]],
+    rates: Sequence[float],
+    max_grad_norm: float,
+    precision: str,
+) -> Curve:
+    """Update by update, until the loss has diverged; a loss that is not finite does not count."""
+    ratios: list[float] = []
+    trained = [p for p in module.parameters() if p.requires_grad]
+    with Progress(len(rates)) as progress:
+        for rate, window in zip(rates, windows, strict=False):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad()
+            now = 0.0
+            for (seed, _), batch in window:
+                torch.manual_seed(seed)  # dropout as before: what changes is the weights
+                value = _loss(module, batch, precision)
+                (value / len(window)).backward()
+                now += float(value.detach())
+            ratio = now / sum(started for (_, started), _ in window)
+            if not math.isfinite(ratio) or has_diverged([*ratios, ratio]):
+                break
+            ratios.append(ratio)
+            if torch.isfinite(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm)):
+                optimizer.step()
+            progress.update(len(ratios))
+    return Curve(tuple(rates[: len(ratios)]), tuple(ratios), tuple(smoothed(ratios)))
+
+
+def _again_and_again(
+    started: Sequence[tuple[int, float]], loader: Iterable[Any]
+) -> Iterator[tuple[tuple[int, float], Any]]:
+    """Batches with their losses at the start; a small data set comes several times."""
+    while True:
+        yield from zip(started, loader, strict=True)
+
+
+def _loss(module: nn.Module, batch: Any, precision: str) -> Tensor:
+    device = next(module.parameters()).device
+    dtype = AUTOCAST.get(precision)
+    batch = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
+    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        value: Tensor = module(batch)[0]
+    return value
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+SIZE, LEFT, TOP, RIGHT, BOTTOM = (900, 520), 70, 50, 20, 50  # of the picture and its margins
+INK, FAINT, LINE, MARK = "#222222", "#c8d2dc", "#1f77b4", "#d62728"
+
+
+def write(curve: Curve, folder: str | Path) -> tuple[Path, Path]:
+    """Write `find_lr.csv` and `find_lr.png` into a folder, which is made.
+
+    Raises:
+        CheckpointError: they cannot be written.
+    """
+    folder = Path(folder)
+    numbers, picture = folder / "find_lr.csv", folder / "find_lr.png"
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["step", "learning_rate", "loss_ratio", "smoothed"])
+    for step, row in enumerate(zip(curve.rates, curve.ratios, curve.smooth, strict=True), start=1):
+        writer.writerow([step, *(f"{value:.6g}" for value in row)])
+    with atomic_write(numbers) as file:
+        file.write(text.getvalue().encode())
+    with atomic_write(picture) as file:
+        draw(curve).save(file, "PNG")
+    return numbers, picture
+
+
+def draw(curve: Curve) -> Image.Image:
+    """The curve over a logarithmic axis: ratios as dots, smoothed line, suggestion."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    width, height = SIZE
+    image = Image.new("RGB", (2 * width, 2 * height), "white")  # twice as large: smooth lines
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(2 * 14)
+    x_of, y_of, top = _axes(curve)
+    for value in _ticks(top):
+        y = y_of(value)
+        pen.line([(2 * LEFT, y), (2 * (width - RIGHT), y)], FAINT, 2)
+        pen.text((2 * LEFT - 12, y), f"{value:g}", INK, font, anchor="rm")
+    first, last = math.log10(curve.rates[0]), math.log10(curve.rates[-1])
+    for power in range(math.ceil(first - 1e-9), math.floor(last + 1e-9) + 1):
+        x = x_of(10**power)
+        pen.line([(x, 2 * TOP), (x, 2 * (height - BOTTOM))], FAINT, 2)
+        pen.text((x, 2 * (height - BOTTOM) + 10), f"1e{power}", INK, font, anchor="ma")
+    for rate, ratio in zip(curve.rates, curve.ratios, strict=True):
+        x, y = x_of(rate), y_of(min(ratio, top))
+        pen.ellipse([x - 5, y - 5, x + 5, y + 5], "#9db8cc")
+    points = [(x_of(r), y_of(min(s, top))) for r, s in zip(curve.rates, curve.smooth, strict=True)]
+    pen.line(points, LINE, 6, joint="curve")
+    title = "loss over the same batch's loss at the start"
+    if curve.learned:
+        x = x_of(curve.suggestion)
+        pen.line([(x, 2 * TOP), (x, 2 * (height - BOTTOM))], MARK, 4)
+        title += f"; suggested learning rate {rounded(curve.suggestion):.0e}"
+    pen.text((2 * LEFT, 2 * 16), title, INK, font)
+    pen.text((width, 2 * height - 12), "learning rate", INK, font, anchor="ms")
+    return image.reduce(2)
+
+
+def _axes(curve: Curve) -> tuple[Callable[[float], float], Callable[[float], float], float]:
+    """Learning rate -> x and ratio -> y in the double-sized picture, and the highest y shown."""
+    width, height = SIZE
+    low, high = math.log10(curve.rates[0]), math.log10(curve.rates[-1])
+    top = min(max(1.2, 1.1 * max(curve.ratios)), 2.0)
+    across, up = 2 * (width - LEFT - RIGHT), 2 * (height - TOP - BOTTOM)
+    return (
+        lambda rate: 2 * LEFT + across * (math.log10(rate) - low) / max(high - low, 1e-9),
+        lambda ratio: 2 * (height - BOTTOM) - up * ratio / top,
+        top,
+    )
+
+
+def _ticks(top: float) -> list[float]:
+    return [round(0.2 * k, 1) for k in range(int(top / 0.2 + 1e-9) + 1)]

@@ -1,0 +1,130 @@
+"""When data that was good before training cannot be loaded any more: try again, then say which."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import Dataset, get_worker_info
+
+from lora_core.errors import DataError, UserError, one_line
+
+PAUSES = (0.2, 1.0, 3.0)  # seconds before reading again: a network disk that comes back
+MOST_WORKERS = 256
+
+T = TypeVar("T")
+
+
+def retried(read: Callable[[], T], pauses: Sequence[float] | None = None) -> T:
+    """Call `read`, and again after each pause (default: `PAUSES`) while it raises DataError.
+
+    Raises:
+        DataError: the last one, with what that means for data that was validated.
+    """
+    pauses = PAUSES if pauses is None else pauses
+    for pause in pauses:
+        try:
+            return read()
+        except DataError:
+            time.sleep(pause)
+    try:
+        return read()
+    except DataError as error:
+        raise DataError(
+            f"{error}\nit was good when the run began and was tried {len(pauses) + 1} times: "
+            "bring the file back, then continue with --resume"
+        ) from error
+
+
+class Watched(Dataset[Any]):
+    """A data set that notes which sample each process is loading, to name it if one dies.
+
+    Args:
+        samples: the data set; its `name_of(index)`, if any, gives a sample's name.
+    """
+
+    def __init__(self, samples: Any) -> None:
+        self.samples = samples
+        # Shared with the workers: (process id, index of the sample) of each.
+        self.at = torch.full((MOST_WORKERS, 2), -1, dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        worker = get_worker_info()
+        if worker is not None:
+            self.at[worker.id % MOST_WORKERS] = torch.tensor([os.getpid(), index])
+        return self.samples[index]
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.samples, "set_epoch"):
+            self.samples.set_epoch(epoch)
+
+    def name_at(self, process: int) -> str:
+        """The sample that a worker noted last, or "" if it noted none."""
+        for known, index in self.at.tolist():
+            if known == process:
+                name_of = getattr(self.samples, "name_of", "number {}".format)
+                return one_line(name_of(index))
+        return ""
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Turn what a DataLoader raises inside into errors for people.
+
+        A `UserError` of a worker loses the traceback that torch puts into its message. The death
+        of a worker becomes a DataError with the worker, the sample and the likely cause.
+        """
+        try:
+            yield
+        except (RuntimeError, UserError) as error:
+            told = self._explained(error)
+            if told is error:
+                raise
+            raise told from error
+
+    def _explained(self, error: Exception) -> Exception:
+        text = str(error)
+        if isinstance(error, UserError) and "in DataLoader worker process" in text:
+            name = re.escape(f"{type(error).__module__}.{type(error).__qualname__}")
+            return type(error)(re.split(rf"^{name}: ", text, flags=re.MULTILINE)[-1].strip())
+        chain = [error, error.__cause__, error.__context__]
+        texts = [str(link) for link in chain if isinstance(link, RuntimeError)]
+        dead = [found for link in texts if (found := _DEAD.match(link))]
+        if not dead:
+            return error
+        process = int(dead[0]["process"])
+        how = next((found["signal"] for found in dead if found["signal"]), "")
+        sample = self.name_at(process)
+        return DataError(
+            f"loading: worker process {process} {_how(how)}"
+            + (f" while it loaded sample {sample}" if sample else "")
+            + f"\n{_remedy(how)}"
+        )
+
+
+_DEAD = re.compile(
+    r"DataLoader worker \(pid(?:\(s\))? (?P<process>\d+)[\d, ]*\) "
+    r"(?:is killed by signal: (?P<signal>[^.]*)|exited unexpectedly)"
+)
+
+
+def _how(description: str) -> str:
+    return f"was killed ({description.strip()})" if description else "ended unexpectedly"
+
+
+def _remedy(description: str) -> str:
+    """What to do, by how the C library describes the signal ("Killed", "Bus error")."""
+    workers = "use fewer worker processes (--num_workers) or"
+    if description.strip() == signal.strsignal(signal.SIGBUS):
+        return f"/dev/shm is too small, as in containers: {workers} start with --shm-size 8g"
+    if description.strip() == signal.strsignal(signal.SIGSEGV):
+        return "its decoder crashed: look at that sample"
+    return f"most likely memory ran out: {workers} a smaller batch; then continue with --resume"

@@ -1,0 +1,222 @@
+"""What a training step takes of memory, found without weights and without a GPU.
+
+The step runs on tensors that have shapes but no values, on the CPU's code paths: what autograd
+would keep is counted exactly, custom functions and activation checkpointing included. On a GPU a
+few operations choose other types under autocast, and the libraries' own workspaces, fragmentation
+and the CUDA context (together about 1 GB) come on top.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lora_core.report import table
+
+T = TypeVar("T")
+ADAM_MOMENTS = 2  # fp32 tensors that AdamW keeps of each trained parameter
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def size(count: float) -> str:
+    """Write a number of bytes in powers of 1000: 512 B, 23.4 MB, 1.25 GB."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= 0.9995 * factor:
+            digits = 0 if count >= 99.95 * factor else 1 if count >= 9.995 * factor else 2
+            return f"{count / factor:.{digits}f} {unit}"
+    return f"{count:.0f} B"
+
+
+def saved_bytes(run: Callable[[], T], ignore: Iterable[Tensor] = ()) -> tuple[int, T]:
+    """Bytes that a forward pass keeps for the backward pass, and the result of `run`.
+
+    Each storage counts once and whole; those of `ignore` (parameters, buffers) do not. Works with
+    real tensors on any device and with those of `simulated`.
+    """
+    known = {tensor.untyped_storage()._cdata for tensor in ignore}
+    kept: dict[int, torch.UntypedStorage] = {}  # alive, so that no two share an identity
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    return sum(storage.nbytes() for storage in kept.values()), result
+
+
+# -- a step without values -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """Bytes of one forward and backward pass."""
+
+    saved: int  # kept between the two
+    peak: int  # the most that existed at once, gradients of the parameters included
+
+
+def simulate(
+    network: nn.Module,
+    loss: Callable[[nn.Module, Any], tuple[Tensor, Any]],
+    batch: Any,
+    precision: str = "fp32",
+) -> Step:
+    """Run `loss` and its backward pass on a network of the meta device, without any values.
+
+    Args:
+        network: built on the meta device; it cannot be used for anything else afterwards.
+        loss: as for `LoraTrainer`. Where it reads the value of a prediction, it reads zeros; a
+            boolean mask of predictions selects everything.
+        batch: a real one, on the CPU.
+        precision: fp32, or bf16 or fp16 under autocast.
+    """
+    ledger, dtype = _Ledger(), AUTOCAST.get(precision)
+    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
+        warnings.simplefilter("ignore")  # of reading addresses, where custom functions compare them
+        if any(tensor.is_meta for tensor in network.state_dict().values()):
+            network.to_empty(device="cpu")
+        known = [*network.parameters(), *network.buffers()]
+        with ledger, _NoValues(), torch.autocast("cpu", dtype, enabled=dtype is not None):
+            saved, (value, _) = saved_bytes(lambda: loss(network, batch), known)
+        with ledger:
+            value.backward()
+        network.zero_grad(set_to_none=True)
+    return Step(saved, ledger.peak)
+
+
+class _Ledger(TorchDispatchMode):
+    """Adds up the storages that operations make, until they die."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default:  # .item(), bool(), int(), float()
+            return _value(args[0])
+        if func is torch.ops.aten.index.Tensor:
+            args = (args[0], _everything(args[1]), *args[2:])
+        result = func(*args, **kwargs)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._note(tensor.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, count = storage._cdata, storage.nbytes()
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.live += count
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, key, count)
+
+    def _forget(self, key: int, count: int) -> None:
+        self.known.discard(key)
+        self.live -= count
+
+
+class _NoValues(TorchFunctionMode):
+    """Answers what reads memory directly, and so never becomes an operation."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in (Tensor.tolist, Tensor.numpy) and isinstance(args[0], FakeTensor):
+            with unset_fake_temporarily():
+                return func(torch.zeros(args[0].shape, dtype=args[0].dtype))
+        return func(*args, **(kwargs or {}))
+
+
+def _value(tensor: Tensor) -> Any:
+    """The number in a tensor of one element if it is known, as those of the batch are; else 0."""
+    known = tensor.constant if isinstance(tensor, FakeTensor) else tensor
+    with unset_fake_temporarily():
+        return (torch.zeros((), dtype=tensor.dtype) if known is None else known).item()
+
+
+def _everything(indices: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """A mask's entries as numbers: how many it selects is not known, so all of them."""
+    found: list[Tensor | None] = []
+    for index in indices:
+        if index is not None and index.dtype == torch.bool:
+            found += [torch.empty(index.numel(), dtype=torch.int64) for _ in range(index.dim())]
+        else:
+            found.append(index)
+    return found
+
+
+# -- a whole run -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on the device while a run trains; `str()` is a table."""
+
+    weights: int  # of the frozen network, buffers included
+    adapters: int  # everything that is trained
+    gradients: int
+    moments: int  # of AdamW
+    activations: int  # kept for the backward pass
+    workspace: int  # of single operations, at the highest point of the step
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def estimate(
+    network: nn.Module,
+    loss: Callable[[nn.Module, Any], tuple[Tensor, Any]],
+    batch: Any,
+    precision: str = "fp32",
+) -> Estimate:
+    """Estimate the memory of training, see `simulate` for the arguments."""
+    trained = adapter_bytes(network)
+    tensors = [*network.parameters(), *network.buffers()]
+    step = simulate(network, loss, batch, precision)
+    return Estimate(
+        weights=_bytes(tensors) - trained,
+        adapters=trained,
+        gradients=trained,
+        moments=ADAM_MOMENTS * trained,
+        activations=step.saved,
+        workspace=max(0, step.peak - step.saved - trained),
+    )
+
+
+def memory_table(columns: Mapping[str, Estimate]) -> str:
+    """Estimates side by side, such as one for each precision."""
+    names = [field.name for field in fields(Estimate)]
+    rows = [[name, *(size(getattr(e, name)) for e in columns.values())] for name in names]
+    rows.append(["together", *(size(e.total) for e in columns.values())])
+    return table(["memory of a step", *columns], rows)
+
+
+def adapter_bytes(network: nn.Module) -> int:
+    """Bytes of everything that is trained."""
+    return _bytes(p for p in network.parameters() if p.requires_grad)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors, those that share a storage once."""
+    unique = {id(t) if t.is_meta else (t.untyped_storage()._cdata): t for t in tensors}
+    return sum(t.numel() * t.element_size() for t in unique.values())

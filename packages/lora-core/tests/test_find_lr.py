@@ -1,0 +1,131 @@
+"""The learning-rate finder: a sane suggestion, drawn, and nothing changed."""
+
+import csv
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from tiny_training import Points, collate, loss, network
+
+from lora_core import checkpoint_state, find_lr
+from lora_core.errors import ConfigError, NumericError
+
+
+def ramp(model=None, loss=loss, data=None, **settings):
+    settings = {"batch_size": 8, "steps": 60, **settings}
+    model = network(dropout=0.1) if model is None else model
+    return find_lr.ramp(model, loss, data or Points(), collate, **settings)
+
+
+def test_the_suggestion_lies_where_the_loss_falls():
+    curve = ramp()
+    assert curve.learned
+    assert curve.rates[0] == pytest.approx(1e-5)
+    assert all(a < b for a, b in zip(curve.rates, curve.rates[1:], strict=False))
+    at = curve.rates.index(curve.suggestion)
+    lowest = curve.smooth.index(min(curve.smooth))
+    assert 0 < at <= lowest
+    assert curve.smooth[at] == pytest.approx(math.sqrt(min(curve.smooth)), abs=0.1)
+    assert 1e-3 <= curve.suggestion <= 1e-1, "this small network learns at 1e-2"
+
+
+def test_nothing_is_changed_and_the_same_curve_comes_again():
+    model = network(dropout=0.1, modules_to_save=["1"]).eval()
+    model[0].train()
+    modes = [module.training for module in model.modules()]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    randoms = checkpoint_state.random_state()
+    first = ramp(model)
+    after = model.state_dict()
+    assert not [name for name in before if not torch.equal(before[name], after[name])]
+    assert all(p.grad is None for p in model.parameters())
+    assert [module.training for module in model.modules()] == modes
+    now = checkpoint_state.random_state()
+    assert torch.equal(now["torch"], randoms["torch"])
+    assert (str(now["numpy"]), str(now["python"])) == (
+        str(randoms["numpy"]),
+        str(randoms["python"]),
+    )
+    torch.rand(3), np.random.rand(3), random.random()  # noqa: NPY002 - must not be felt
+    assert ramp(model) == first
+    assert ramp(model, seed=1) != first
+
+
+def test_a_batch_is_compared_with_itself():
+    """Some points are a thousand times as hard as others: the curve shows no trace of that."""
+
+    class Uneven(Points):
+        def __getitem__(self, i):
+            sample = super().__getitem__(i)
+            return {**sample, "y": sample["y"] * (1 + 30 * (i % 2))}
+
+    curve = ramp(data=Uneven(noise=0.0), batch_size=1, steps=40, high=1e-4)
+    assert max(curve.ratios) < 1.1
+    assert min(curve.ratios) > 0.5
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e9])
+def test_the_ramp_ends_when_the_loss_diverges(bad):
+    calls = []
+
+    def falling_then_bad(model, batch):
+        value, parts = loss(model, batch)
+        if not torch.is_grad_enabled():
+            return value, parts
+        calls.append(1)
+        return value * (bad if len(calls) > 30 else 0.97 ** len(calls)), parts
+
+    curve = ramp(loss=falling_then_bad)
+    assert 30 <= len(curve.rates) <= 32
+    assert len(curve.rates) == len(curve.ratios) == len(curve.smooth)
+    assert all(math.isfinite(value) for value in (*curve.ratios, *curve.smooth))
+    assert curve.suggestion < curve.rates[-1]
+
+
+def test_a_loss_that_never_falls_gives_no_suggestion():
+    curve = ramp(high=1e-7, low=1e-9)
+    assert not curve.learned
+    with pytest.raises(NumericError, match="from 1e-09 to 1e-07 made the loss fall"):
+        _ = curve.suggestion
+
+
+@pytest.mark.parametrize("settings", [{"low": 1.0, "high": 1e-3}, {"low": 0.0}, {"steps": 3}])
+def test_a_ramp_that_does_not_rise_is_refused(settings):
+    with pytest.raises(ConfigError, match="at least 10, rising"):
+        ramp(**settings)
+
+
+def test_a_loss_that_is_not_finite_at_the_start_is_said():
+    with pytest.raises(NumericError, match="before any update"):
+        ramp(loss=lambda model, batch: (loss(model, batch)[0] * math.nan, {}))
+
+
+def test_the_curve_is_written_as_numbers_and_drawn(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    curve = ramp()
+    numbers, picture = find_lr.write(curve, tmp_path / "new" / "folder")
+    with numbers.open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [float(row["learning_rate"]) for row in table] == pytest.approx(curve.rates, rel=1e-5)
+    assert [float(row["smoothed"]) for row in table] == pytest.approx(curve.smooth, rel=1e-5)
+    with image.open(picture) as opened:
+        assert opened.size == find_lr.SIZE
+        colours = {colour for _, colour in opened.convert("RGB").getcolors(2**24)}
+    assert {(31, 119, 180), (214, 39, 40)} <= colours, "the curve, and the suggestion"
+    before = picture.read_bytes()
+    find_lr.write(curve, tmp_path / "new" / "folder")
+    assert picture.read_bytes() == before
+
+
+def test_rates_are_rounded_to_one_digit():
+    assert [find_lr.rounded(rate) for rate in (5.21e-4, 9.6e-4, 0.0149)] == [5e-4, 1e-3, 1e-2]
+
+
+def test_accumulated_batches_give_the_curve_of_large_ones():
+    model = network(dropout=0.0)
+    points = Points(48)
+    whole = ramp(model, data=points, batch_size=8, steps=12, high=1e-2)
+    parts = ramp(model, data=points, batch_size=2, accumulation=4, steps=12, high=1e-2)
+    assert parts.ratios == pytest.approx(whole.ratios, rel=1e-4)

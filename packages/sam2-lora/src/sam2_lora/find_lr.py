@@ -1,0 +1,72 @@
+"""`sam2-lora find-lr`: a learning rate for your data, from a hundred updates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lora_core.config import option, parse
+from lora_core.report import say
+from sam2_lora.config import Config
+
+
+@dataclass
+class Options(Config):
+    """Settings of `sam2-lora find-lr`: those of a training, and the ramp's."""
+
+    ramp_from: float = option(1e-5, "Learning rate of the first update.", "ramp")
+    ramp_to: float = option(1.0, "Learning rate of the last update.", "ramp")
+    ramp_steps: int = option(100, "Updates; it ends earlier when the loss diverges.", "ramp")
+    ramp_dir: str = option("find_lr", "find_lr.csv and find_lr.png go here.", "ramp")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `sam2-lora find-lr` with these words; returns the exit code.
+
+    Raises:
+        UserError: settings, data or checkpoints that cannot be used, or no rate that works.
+    """
+    cfg = parse(
+        Options,
+        argv or [],
+        prog="sam2-lora find-lr",
+        description="Raise the learning rate over a short training, and suggest one.",
+    )
+    from lora_core import find_lr
+    from lora_core.out_of_memory import explained
+    from lora_core.training_arguments import choose_device, choose_precision
+    from sam2_lora import data, losses, memory, model, placement
+    from sam2_lora.train import ready, warm_start
+
+    ready(cfg, None)
+    device = choose_device(cfg.device)
+    splits = data.load(cfg)
+    say(f"{splits}\n")
+    precision = choose_precision(cfg.precision, device)  # wakes a GPU, so after the data
+    network = model.build(cfg)
+    if cfg.adapter:
+        warm_start(network, cfg)
+    else:
+        say(placement.adapt(network, cfg))
+    network.to(device)
+    with explained(network, lambda: "the ramp", memory.advice(cfg)):
+        curve = find_lr.ramp(
+            network,
+            lambda net, batch: losses.loss(net, batch, cfg),
+            splits.train,
+            data.collate,
+            batch_size=cfg.batch_size,
+            accumulation=cfg.gradient_accumulation_steps,
+            steps=cfg.ramp_steps,
+            low=cfg.ramp_from,
+            high=cfg.ramp_to,
+            weight_decay=cfg.weight_decay,
+            max_grad_norm=cfg.max_grad_norm,
+            seed=cfg.seed,
+            precision=precision,
+            num_workers=cfg.num_workers,
+        )
+    numbers, picture = find_lr.write(curve, cfg.ramp_dir)
+    say(f"\n{picture}\n{numbers}")
+    say(f"suggestion: --learning_rate {find_lr.rounded(curve.suggestion):.0e}")
+    return 0
