@@ -41,12 +41,13 @@ def editable() -> list[str]:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style, types, and who may import whom."""
+    """Style, types, who may import whom, and whether docs/faults.md is what the tests show."""
     install(session, "ruff", "mypy", "types-PyYAML", "torch", "numpy", "pillow")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy", *(f"packages/{package}/src" for package in PACKAGES))
     session.run("python", "tools/imports.py")
+    session.run("python", "tools/faults.py", "--check")
 
 
 @nox.session
@@ -126,6 +127,7 @@ def bench(session: nox.Session) -> None:
     threads = {"OMP_NUM_THREADS": "1"}
     session.run("python", "tools/bench/linear.py", env=threads)
     session.run("python", "tools/bench/sam2_step.py", "--image_size", "512", env=threads)
+    session.run("python", "tools/bench/guards.py", env=threads)
 
 
 @nox.session

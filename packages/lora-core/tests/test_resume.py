@@ -116,7 +116,7 @@ def test_samples_come_in_the_same_order_and_each_once_an_epoch(every, tmp_path):
 
 @pytest.mark.fault("K04", "K08")
 def test_a_run_continued_from_an_earlier_step_leaves_the_later_checkpoints_aside(every, tmp_path):
-    """Killed before its next save, it would else go on from a step that its log knows nothing of."""
+    """Killed before its next save, it would else go on from a step that its log does not know."""
     first, _ = every
     shutil.copytree(first, tmp_path / "run")
     folder = tmp_path / "run"

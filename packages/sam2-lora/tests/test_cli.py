@@ -13,7 +13,7 @@ import pytest
 from lora_core.config import parse
 from lora_core.errors import ConfigError
 from lora_core.testing import check_commands
-from sam2_lora import demo, demo_run, evaluate, merge, predict, prepare
+from sam2_lora import demo, demo_run, evaluate, find_lr, merge, predict, prepare
 from sam2_lora.__main__ import COMMANDS, main
 from sam2_lora.config import Config
 
@@ -25,6 +25,7 @@ OPTIONS = {
     "merge": merge.Options,
     "prepare": prepare.Options,
     "demo": demo_run.Options,
+    "find-lr": find_lr.Options,
 }
 GUIDE = (
     "--learning_rate 1e-3 --weight_decay 0.01 --steps 10000 --batch_size 1 "

@@ -181,3 +181,30 @@ def test_the_command_prints_what_it_made(tmp_path: Path, capsys: pytest.CaptureF
     assert "subsets/3_subset" in text
     assert "no subset of 900" in text
     assert text.endswith(f"-> {output}\n")
+
+
+@pytest.mark.fault("H19")
+@pytest.mark.parametrize("label", ["../../out", "/etc/x", "a/b", "CON", "x" * 300, "a\0b", "%s{0}"])
+def test_names_of_classes_never_become_names_of_files(tmp_path: Path, label: str) -> None:
+    source, output = tmp_path / "source", tmp_path / "splits"
+    source.mkdir()
+    for k in range(6):
+        Image.fromarray(np.full((*SIZE, 3), 40 * k, np.uint8)).save(source / f"{k}.png")
+    box = [2, 2, 9, 2, 9, 9, 2, 9]
+    content = {
+        "images": [
+            {"id": k, "file_name": f"{k}.png", "width": SIZE[1], "height": SIZE[0]}
+            for k in range(6)
+        ],
+        "categories": [{"id": 1, "name": label}],
+        "annotations": [
+            {"id": k, "image_id": k, "category_id": 1, "segmentation": [box], "iscrowd": 0}
+            for k in range(6)
+        ],
+    }
+    (source / "_annotations.coco.json").write_text(json.dumps(content))
+    before = set(tmp_path.iterdir())
+    prepare(options(source, output))
+    assert set(tmp_path.iterdir()) - before == {output}
+    names = {path.name for path in output.rglob("*.*") if path.parent.name in ("img", "ann")}
+    assert names == {f"{k}.png{suffix}" for k in range(6) for suffix in ("", ".json")}

@@ -13,6 +13,7 @@ import os
 import pickletools
 import re
 import secrets
+import stat
 import struct
 import warnings
 import zipfile
@@ -140,8 +141,9 @@ def open_checkpoint(path: str | Path, max_bytes: int | None = None) -> Iterator[
     """
     path = Path(path)
     try:
-        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
-            what = "a folder" if path.is_dir() else "a device or pipe"
+        mode = path.stat().st_mode  # asked once: the file may be replaced meanwhile
+        if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
+            what = "a folder" if stat.S_ISDIR(mode) else "a device or pipe"
             raise CheckpointError(f"{path.absolute()} is {what}, expected a file")
         file = open(path, "rb")  # noqa: SIM115 - closed below, after the block of the caller
     except FileNotFoundError:

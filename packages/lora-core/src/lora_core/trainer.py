@@ -218,6 +218,7 @@ class LoraTrainer(Trainer):
         """
         modes = {module: module.training for module in self.network.modules()}
         self._leaving.value, self.stop_signal = 0, 0
+        children = set(multiprocessing.active_children())
         with ExitStack() as stack:
             stack.enter_context(together(self.args.device))
             stack.enter_context(self.samples.explaining())
@@ -235,6 +236,9 @@ class LoraTrainer(Trainer):
                 sharding.gather(self.sharded)
             finally:
                 self._leaving.value = 1
+                # A traceback keeps the loader, which would wait seconds for its workers later.
+                for worker in set(multiprocessing.active_children()) - children:
+                    worker.terminate()
                 if self.progress:
                     self.progress.close()
                 for module, mode in modes.items():

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
-import safetensors.torch  # noqa: F401 - patched by its name
+import safetensors.torch
 import torch
 
 _active: list[list[str]] = []  # of each guard: what it has seen
@@ -38,12 +38,15 @@ def no_device(weights: bool = False) -> Iterator[None]:
     seen: list[str] = []
     with ExitStack() as stack:
         # What every first use of a GPU calls, from Python and from C++.
-        stack.enter_context(mock.patch("torch.cuda._lazy_init", _refuse("CUDA was initialised")))
+        initialise = torch.cuda._lazy_init
+        stack.enter_context(
+            mock.patch("torch.cuda._lazy_init", _refuse("CUDA was initialised", initialise))
+        )
         if not weights:
             stack.enter_context(mock.patch("torch.load", _only_names(torch.load)))
-            for name in ("load", "load_file"):
-                read = f"safetensors.torch.{name}"
-                stack.enter_context(mock.patch(read, _refuse(f"{read} read weights")))
+            for read in (safetensors.torch.load, safetensors.torch.load_file):
+                name = f"safetensors.torch.{read.__name__}"
+                stack.enter_context(mock.patch(name, _refuse(f"{name} read weights", read)))
         _active.append(seen)
         stack.callback(_active.remove, seen)
         yield
@@ -58,8 +61,15 @@ def _forbid(what: str) -> None:
         raise Touched(what)
 
 
-def _refuse(what: str) -> Callable[..., None]:
-    return lambda *arguments, **settings: _forbid(what)
+def _refuse(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Stand for `function`. A library that is imported in the block keeps this for good, so
+    outside of it the function is called."""
+
+    def refusing(*arguments: Any, **settings: Any) -> Any:
+        _forbid(what)
+        return function(*arguments, **settings)
+
+    return refusing
 
 
 def _only_names(load: Callable[..., Any]) -> Callable[..., Any]:
