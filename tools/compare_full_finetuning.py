@@ -1,11 +1,17 @@
 """LoRA's share of the gain that full fine-tuning reaches, on a package's embedded default.
 
 python tools/compare_full_finetuning.py sam2 --output table.md
+python tools/compare_full_finetuning.py sam2 --data photos
 
-Both methods train equally long on the same photographs in the same order, at each of the same
+Both methods train equally long on the same pictures in the same order, at each of the same
 learning rates and from the same seeds. A method's rate is the one with the best mean IoU on the
-validation photographs; the figures are those of the last step at that rate on the test photographs,
+validation pictures; the figures are those of the last step at that rate on the test pictures,
 which play no part in any choice.
+
+`--data parts`: the four photographs with many objects; their left half trains, the upper right
+quarter chooses the rate, the lower right one is the test. No object is in two splits, and all three
+are of one kind, as a user's own splits are. `--data photos`: the demo's data set, where each split
+has photographs of its own: a rate that is chosen on some need not be good on others.
 """
 
 from __future__ import annotations
@@ -23,6 +29,10 @@ from sam2_lora.config import Config
 
 METHODS = ("LoRA", "full")
 SPLITS = ("val", "test")
+# Side of a cut-out in pixels, for `--data parts`.
+CUTOUTS = {"gravel.png": 160, "brick.png": 220, "coins.png": 150, "hubble_deep_field.jpg": 150}
+# Left, top, right, bottom of a split's part, as shares of the photograph.
+PARTS = {"train": (0, 0, 0.5, 1), "val": (0.5, 0, 1, 0.5), "test": (0.5, 0.5, 1, 1)}
 ENOUGH = 5.0  # the full gain must be so many of its standard deviations over the seeds
 
 
@@ -54,9 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("package", choices=["sam2"])
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
+    parser.add_argument("--data", choices=["parts", "photos"], default="parts")
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
-    parser.add_argument("--steps", type=int, default=200, help="as in the demo")
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--output", type=Path, help="write the table here as well")
@@ -74,6 +85,8 @@ def train_all(args: argparse.Namespace, folder: Path) -> tuple[dict[str, float],
     from sam2_lora import data, demo, metrics, model
 
     demo.write(folder)
+    if args.data == "parts":
+        write_parts(folder / "parts")
     cfg = settings(args, folder, rate=args.rates[0], seed=0)
     splits = data.load(cfg)
     network = model.build(cfg)
@@ -90,6 +103,43 @@ def train_all(args: argparse.Namespace, folder: Path) -> tuple[dict[str, float],
     return base, runs
 
 
+def write_parts(folder: Path) -> None:
+    """Write cut-outs of parts of photographs as COCO, each with the objects wholly inside it."""
+    import json
+
+    from sam2_lora import demo
+
+    index = demo.photo_index()
+    for split, share in PARTS.items():
+        (folder / split).mkdir(parents=True)
+        pictures = []
+        for name, side in CUTOUTS.items():
+            photo, masks = demo.photo(name, index[name]["size"]), demo.masks(index[name])
+            for number, (left, top) in enumerate(windows(photo.size, share, side)):
+                area = (slice(top, top + side), slice(left, left + side))
+                objects = [
+                    (label, mask[area]) for label, mask in masks if mask[area].sum() == mask.sum()
+                ]
+                if objects:
+                    file = f"{Path(name).stem}_{number}.png"
+                    photo.crop((left, top, left + side, top + side)).save(folder / split / file)
+                    pictures.append((file, objects))
+        text = json.dumps(demo.coco(pictures))
+        (folder / split / "_annotations.coco.json").write_text(text, encoding="utf-8")
+
+
+def windows(
+    size: tuple[int, int], share: tuple[float, float, float, float], side: int
+) -> list[tuple[int, int]]:
+    """Left and top of squares of `side` pixels that cover a part, about half a side apart."""
+    starts = []
+    for extent, begin, end in zip(size, share[:2], share[2:], strict=True):
+        first, last = round(begin * extent), round(end * extent) - side
+        steps = max(1, -(-2 * (last - first) // side))
+        starts.append(sorted({first + (last - first) * k // steps for k in range(steps + 1)}))
+    return [(left, top) for left in starts[0] for top in starts[1]]
+
+
 def figures(scores: dict[str, dict[str, float]]) -> dict[str, float]:
     """What is compared, out of the metrics of both splits."""
     return {
@@ -102,7 +152,7 @@ def figures(scores: dict[str, dict[str, float]]) -> dict[str, float]:
 def settings(args: argparse.Namespace, folder: Path, rate: float, seed: int) -> Config:
     """The configuration of one run; both methods get the same."""
     return Config(
-        data_root=str(folder / "photos"),
+        data_root=str(folder / args.data),
         checkpoint=str(folder / "sam2_demo.safetensors"),
         image_size="128",
         learning_rate=rate,

@@ -79,12 +79,12 @@ def write_photos(folder: str | Path, seed: int = 0) -> Path:
         for name, facts in index.items():
             if facts["split"] != split:
                 continue
-            photo, masks = _photo(name, facts["size"]), _masks(facts)
+            whole, everything = photo(name, facts["size"]), masks(facts)
             for number, (x, y, width, height) in enumerate(facts["boxes"]):
                 file = f"{Path(name).stem}_{number}.png"
-                photo.crop((x, y, x + width, y + height)).save(folder / split / file)
-                pictures.append((file, _inside(masks, (x, y, width, height))))
-        text = json.dumps(_coco(pictures), separators=(",", ":"))
+                whole.crop((x, y, x + width, y + height)).save(folder / split / file)
+                pictures.append((file, _inside(everything, (x, y, width, height))))
+        text = json.dumps(coco(pictures), separators=(",", ":"))
         (folder / split / "_annotations.coco.json").write_text(text + "\n", encoding="utf-8")
     return folder
 
@@ -113,7 +113,8 @@ def encode(mask: Mask) -> list[int]:
     return [0, *runs] if column_major[0] else runs
 
 
-def _masks(facts: dict[str, Any]) -> list[Labelled]:
+def masks(facts: dict[str, Any]) -> list[Labelled]:
+    """Label and mask bool [H, W] of every object on a photograph."""
     return [(item["label"], decode(item["counts"], facts["size"])) for item in facts["objects"]]
 
 
@@ -124,7 +125,7 @@ def _inside(masks: Sequence[Labelled], box: Sequence[int]) -> list[Labelled]:
     return [(label, crop) for label, mask, crop in cut if crop.sum() >= VISIBLE * mask.sum()]
 
 
-def _photo(name: str, size: Sequence[int]) -> Image.Image:
+def photo(name: str, size: Sequence[int]) -> Image.Image:
     """A photograph out of the installed scikit-image as RGB; its network cache is never asked."""
     found = importlib.util.find_spec("skimage")
     if found is None or found.origin is None:
@@ -142,7 +143,7 @@ def _photo(name: str, size: Sequence[int]) -> Image.Image:
     return photo
 
 
-def _coco(pictures: Sequence[Picture]) -> dict[str, list[Any]]:
+def coco(pictures: Sequence[Picture]) -> dict[str, list[Any]]:
     """One split as COCO: images, categories (alphabetical) and annotations."""
     labels = sorted({label for _, objects in pictures for label, _ in objects})
     images: list[dict[str, Any]] = []
