@@ -664,6 +664,21 @@ def test_a_bad_annotation_is_named_and_the_others_keep_their_class(
     assert kept == expected | ({"images/2.png": []} if unknown else {})
 
 
+@pytest.mark.fault("D12", "D23")
+def test_all_that_is_wrong_with_one_picture_is_said_at_once(tmp_path: Path) -> None:
+    root, content = coco(tmp_path)
+    first, more = content["annotations"][1], dict(content["annotations"][1], id=77)
+    first["segmentation"] = [[1, 2, float("nan"), 4, 5, 6]]
+    more["segmentation"] = {"size": list(SIZE), "counts": [-5, 5 + SIZE[0] * SIZE[1]]}
+    content["annotations"].append(more)
+    (root / "annotations.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"2 problems\n(.*\n)*.*leave it out") as caught:
+        load(config(root))
+    text = str(caught.value)
+    assert "annotation 1: segmentation[0][2] is nan" in text
+    assert "annotation 77: run lengths: count -5" in text
+
+
 @pytest.mark.fault("D19", "D20")
 def test_outlines_that_are_open_or_cross_or_leave_the_picture_and_crowds_are_fine(
     tmp_path: Path,

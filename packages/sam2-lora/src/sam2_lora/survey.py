@@ -133,6 +133,8 @@ def settled(parts: Parts, known: list[Bad], cfg: Config) -> tuple[dict[str, Fact
         DataError: there are bad ones, and they may not be left out.
     """
     facts, found = look_at(parts, cfg)
+    for one in known:
+        facts.pop(one.sample, None)
     bad = [*known, *found]
     good = {split: sum(r.key in facts for r in records) for split, records in parts.items()}
     root = Path(cfg.data_root)
@@ -277,7 +279,7 @@ def read_parts(cfg: Config, wanted: Sequence[str]) -> tuple[Parts, list[Bad], Re
     for name in sorted(to_read & sources.keys()):
         reading = read(sources[name], kind, root, cfg.mask_kind, cfg.follow_links)
         total.add(reading)
-        parts[name] = reading.good()
+        parts[name] = reading.records  # bad ones too: what else is wrong with them is to be said
         bad += [Bad("train" if name == "all" else name, *pair) for pair in reading.bad]
     total.stop_if_wrong()
     if to_split and whole in parts:
