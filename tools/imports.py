@@ -14,15 +14,15 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# In lora_core, the only modules that may reach these libraries, even inside a function.
+# In lora_core, the only modules and folders that may reach these libraries, even inside a function.
 HOME_IN_CORE = {
-    "transformers": {"trainer", "training_arguments", "training_flow"},
-    "accelerate": {"trainer", "training_arguments", "training_flow"},
+    "transformers": {"trainer", "training"},
+    "accelerate": {"trainer", "training"},
     "peft": {"peft_bridge", "testing"},
     "tensorboard": {"report"},
 }
 # Modules that settings, --help and validation pass through: no heavy import at their top level.
-LIGHT = {"__init__", "__main__", "config", "errors"}
+LIGHT = {"", "__main__", "config", "errors", "guards", "report", "settings"}
 HEAVY = {"torch", "transformers", "accelerate", "peft", "scipy", "skimage", "PIL"}
 
 
@@ -49,11 +49,10 @@ def imports(tree: ast.Module) -> Iterator[tuple[int, str, bool]]:
 
 
 def faults(
-    package: str, packages: set[str], path: Path, found: list[tuple[int, str, bool]]
+    package: str, packages: set[str], where: str, module: str, found: list[tuple[int, str, bool]]
 ) -> Iterator[str]:
-    """Yield each import of this file that the rule forbids."""
-    where = "/".join(path.parts[path.parts.index("packages") :])
-    module = "testing" if path.parent.name == "testing" else path.stem
+    """Yield each import of a module (its dotted name below the package) that the rule forbids."""
+    home = module.split(".")[0]
     for line, name, at_top in found:
         library = name.split(".")[0]
         if name.startswith("."):
@@ -62,11 +61,24 @@ def faults(
             yield f"{where}:{line}: imports {name}, which is no part of a package"
         elif library in packages and library not in {package, "lora_core"}:
             yield f"{where}:{line}: {package} imports {library}; what two need moves to lora_core"
-        elif package == "lora_core" and module not in HOME_IN_CORE.get(library, {module}):
+        elif package == "lora_core" and home not in HOME_IN_CORE.get(library, {home}):
             homes = " and ".join(sorted(HOME_IN_CORE[library]))
             yield f"{where}:{line}: only {homes} may import {library}"
-        elif at_top and path.stem in LIGHT and library in HEAVY:
-            yield f"{where}:{line}: {path.stem} must stay light; import {library} where it is used"
+        elif at_top and home in LIGHT and library in HEAVY:
+            yield f"{where}:{line}: {home} must stay light; import {library} where it is used"
+
+
+def module_name(path: Path) -> str:
+    """Dotted name of a file below its package; "" for the package itself."""
+    parts = path.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def known(name: str, modules: set[str]) -> str | None:
+    """The module that an imported name, dotted below the package, is or lies in."""
+    while name and name not in modules:
+        name = name.rpartition(".")[0]
+    return name or None
 
 
 def cycle(package: str, arrows: dict[str, set[str]]) -> Iterator[str]:
@@ -88,12 +100,17 @@ def check(root: Path = ROOT) -> list[str]:
     packages = sources(root)
     for package, source in sorted(packages.items()):
         arrows: dict[str, set[str]] = {}
-        modules = {path.stem for path in source.glob("*.py")}
-        for path in sorted(source.rglob("*.py")):
+        files = {module_name(path.relative_to(source)): path for path in source.rglob("*.py")}
+        for module, path in sorted(files.items()):
             found = list(imports(ast.parse(path.read_text("utf-8"), str(path))))
-            problems += faults(package, set(packages), path, found)
-            own = {name.split(".")[1] for _, name, _ in found if name.startswith(f"{package}.")}
-            arrows[path.stem] = own & modules - {path.stem, "__init__"}
+            where = path.relative_to(root).as_posix()
+            problems += faults(package, set(packages), where, module, found)
+            own = [name.partition(".")[2] for _, name, _ in found if name.startswith(f"{package}.")]
+            reached = {known(name, set(files)) for name in own} - {None, module}
+            # A folder's modules may be gathered by its __init__, and still use each other.
+            arrows[module] = {
+                name for name in reached if name and name != module.rpartition(".")[0]
+            }
         problems += cycle(package, arrows)
     return problems
 

@@ -10,8 +10,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from lora_core import adapter_file
-from lora_core.adapter_file import load_adapter, save_adapter
+from lora_core.adapters import file as adapter_file
+from lora_core.adapters.file import load_adapter, save_adapter
 from lora_core.config import LoraConfig, Slices
 from lora_core.errors import CheckpointError
 from lora_core.injection import inject, lora_layers

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lora_core.adapter_file import load_adapter, read_adapter, save_adapter
+from lora_core.adapters.file import load_adapter, read_adapter, save_adapter
 from lora_core.config import LoraConfig, Slices
 from lora_core.errors import CheckpointError, ConfigError
 from lora_core.injection import inject, lora_layers, set_adapters
@@ -156,7 +156,7 @@ def test_bytes_are_the_same_in_every_process(tmp_path):
     code = (
         "import sys, torch\n"
         "from torch import nn\n"
-        "from lora_core.adapter_file import save_adapter\n"
+        "from lora_core.adapters.file import save_adapter\n"
         "from lora_core.config import LoraConfig\n"
         "from lora_core.injection import inject\n"
         "torch.manual_seed(0)\n"

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import distributed, nn
 
-from lora_core import adapter_origin
-from lora_core.adapter_file import load_adapter, read_adapter, save_adapter
+from lora_core.adapters import origin as adapter_origin
+from lora_core.adapters.file import load_adapter, read_adapter, save_adapter
 from lora_core.config import LoraConfig
 from lora_core.injection import inject, lora_layers
 from lora_core.merging import merge, unmerge

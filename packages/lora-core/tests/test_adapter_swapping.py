@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_core.adapter_file import load_adapter, read_adapter, save_adapter
+from lora_core.adapters.file import load_adapter, read_adapter, save_adapter
 from lora_core.config import LoraConfig
 from lora_core.injection import adapters_off, inject, set_adapters
 from lora_core.testing import disturb

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_core import checkpoint, checkpoint_manifest
+from lora_core import checkpoint
+from lora_core.checkpoint import manifest_file as checkpoint_manifest
 from lora_core.errors import CheckpointError, ConfigError, run
 from lora_core.tensor_file import atomic_write, remove_partial
 

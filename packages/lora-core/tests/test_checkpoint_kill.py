@@ -16,8 +16,8 @@ from tiny_training import assert_same_bits, rows, train, trainer
 from torch import nn
 
 from lora_core import checkpoint
-from lora_core.adapter_file import read_adapter, save_adapter
-from lora_core.checkpoint_state import pack
+from lora_core.adapters.file import read_adapter, save_adapter
+from lora_core.checkpoint.state import pack
 from lora_core.config import LoraConfig
 from lora_core.errors import CheckpointError
 from lora_core.injection import inject

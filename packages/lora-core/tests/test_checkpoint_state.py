@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lora_core import checkpoint
-from lora_core.checkpoint_state import from_json, pack, to_json, unpack
+from lora_core.checkpoint.state import from_json, pack, to_json, unpack
 from lora_core.errors import CheckpointError
 
 

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import pytest
 
-from lora_core import config_file
 from lora_core.config import LoraConfig, Slices, dump, option, parse
 from lora_core.errors import ConfigError
+from lora_core.settings import file as config_file
 
 
 @dataclass

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from lora_core.adapter_file import load_adapter, read_adapter, save_adapter
+from lora_core.adapters.file import load_adapter, read_adapter, save_adapter
 from lora_core.config import LoraConfig, Slices
 from lora_core.errors import CheckpointError
 from lora_core.injection import inject

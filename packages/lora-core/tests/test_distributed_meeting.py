@@ -17,7 +17,7 @@ import torch
 from lora_core import distributed
 from lora_core.errors import ConfigError
 from lora_core.testing.processes import free_port, run
-from lora_core.training_arguments import choose_device
+from lora_core.training.arguments import choose_device
 
 CPU = torch.device("cpu")
 SOURCE = Path(distributed.__file__).parent

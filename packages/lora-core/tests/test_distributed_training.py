@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import Dataset
 
 from lora_core import checkpoint
-from lora_core.adapter_file import read_adapter
+from lora_core.adapters.file import read_adapter
 from lora_core.config import LoraConfig
 from lora_core.errors import CheckpointError, DataError
 from lora_core.injection import inject

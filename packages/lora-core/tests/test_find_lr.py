@@ -9,7 +9,8 @@ import pytest
 import torch
 from tiny_training import Points, collate, loss, network
 
-from lora_core import checkpoint_state, find_lr
+from lora_core import find_lr
+from lora_core.checkpoint import state as checkpoint_state
 from lora_core.errors import ConfigError, NumericError
 
 

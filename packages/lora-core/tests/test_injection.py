@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora_core import mechanisms
-from lora_core.adapter_file import save_adapter
+from lora_core.adapters.file import save_adapter
 from lora_core.config import LoraConfig, Slices
 from lora_core.errors import ConfigError
 from lora_core.injection import (

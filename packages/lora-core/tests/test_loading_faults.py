@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from lora_core import tensor_file
-from lora_core.adapter_file import load_adapter, read_adapter, save_adapter
+from lora_core.adapters.file import load_adapter, read_adapter, save_adapter
 from lora_core.config import LoraConfig
 from lora_core.errors import CheckpointError
 from lora_core.injection import inject

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_core.adapter_file import load_adapter
+from lora_core.adapters.file import load_adapter
 from lora_core.config import LoraConfig, Slices
 from lora_core.errors import CheckpointError, ConfigError, NumericError
 from lora_core.injection import inject, lora_layers, remove, set_adapters

@@ -22,15 +22,15 @@ from tiny_training import (
 from torch import nn
 
 from lora_core import checkpoint, errors
-from lora_core.adapter_file import load_adapter
+from lora_core.adapters.file import load_adapter
 from lora_core.config import LoraConfig
 from lora_core.errors import ConfigError, NumericError
 from lora_core.guards import Guards
 from lora_core.injection import inject, lora_layers
 from lora_core.merging import merge
-from lora_core.numerics import read_bundle, replay
 from lora_core.testing import processes
-from lora_core.training_checks import is_initial
+from lora_core.training.checks import is_initial
+from lora_core.training.numerics import read_bundle, replay
 
 
 class Poison(torch.autograd.Function):
@@ -539,7 +539,7 @@ def test_training_a_merged_model_is_an_error(tmp_path):
 
 
 def _saved(folder):
-    from lora_core.adapter_file import save_adapter
+    from lora_core.adapters.file import save_adapter
 
     save_adapter(network(), folder / "other")
     return folder / "other"

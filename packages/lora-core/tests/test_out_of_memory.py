@@ -19,9 +19,9 @@ from tiny_training import (
     trainer,
 )
 
-from lora_core import checkpoint_state
+from lora_core.checkpoint import state as checkpoint_state
 from lora_core.errors import ConfigError, run
-from lora_core.out_of_memory import Advice, explained, fit_batch, is_out_of_memory, trial
+from lora_core.training.out_of_memory import Advice, explained, fit_batch, is_out_of_memory, trial
 
 CUDA_SAYS = (
     "CUDA out of memory. Tried to allocate 2.25 GiB. GPU 0 has a total capacity of 79.10 GiB of "

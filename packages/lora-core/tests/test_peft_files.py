@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lora_core.adapter_file import load_adapter, save_adapter
+from lora_core.adapters.file import load_adapter, save_adapter
 from lora_core.config import LoraConfig, Slices
 from lora_core.injection import inject, lora_layers, set_adapters
 from lora_core.testing import assert_close_golden, disturb, load_golden

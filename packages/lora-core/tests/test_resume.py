@@ -24,12 +24,13 @@ from tiny_training import (
     trainer,
 )
 
-from lora_core import checkpoint, errors, resume_check
+from lora_core import checkpoint, errors
 from lora_core.errors import CheckpointError, UserError
 from lora_core.guards import Guards
 from lora_core.report import RunLog
-from lora_core.schedule import EpochSampler, lr_factor
 from lora_core.testing import processes
+from lora_core.training import resume_check
+from lora_core.training.schedule import EpochSampler, lr_factor
 
 EVERY = {"trainer": {"save_steps": 1, "save_total_limit": 99}}
 

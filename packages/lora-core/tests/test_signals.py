@@ -29,7 +29,7 @@ from tiny_training import (
 )
 
 from lora_core import checkpoint, errors
-from lora_core.signals import Interrupted, Signals, Stopped, stops_command
+from lora_core.training.signals import Interrupted, Signals, Stopped, stops_command
 
 SIGNALS = ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"]
 STATUS = {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 143, "SIGUSR1": 143}
@@ -418,7 +418,7 @@ def test_a_script_without_our_command_line_ends_with_the_status(tmp_path):
     """`Stopped` is a SystemExit: a plain Python script needs to do nothing for it."""
     script = (
         "import os, signal\n"
-        "from lora_core.signals import stops_command\n"
+        "from lora_core.training.signals import stops_command\n"
         "with stops_command():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
     )

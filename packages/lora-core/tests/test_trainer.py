@@ -29,9 +29,9 @@ from lora_core import checkpoint
 from lora_core.config import LoraConfig
 from lora_core.errors import CheckpointError, ConfigError, DataError, NumericError
 from lora_core.injection import inject
-from lora_core.schedule import FLOOR, EpochSampler, lr_factor
 from lora_core.trainer import choose_device, choose_precision, training_arguments
-from lora_core.training_arguments import REFUSED, SET_BY_US
+from lora_core.training.arguments import REFUSED, SET_BY_US
+from lora_core.training.schedule import FLOOR, EpochSampler, lr_factor
 
 
 @pytest.fixture(scope="module")
@@ -402,7 +402,7 @@ def test_a_checkpoint_holds_the_pair_that_pissa_subtracts(freeze_A):
 
 
 def test_the_adapter_of_a_checkpoint_loads_into_a_plain_model(tmp_path):
-    from lora_core.adapter_file import load_adapter
+    from lora_core.adapters.file import load_adapter
 
     made = train(tmp_path, steps=5, save_adapter=None)
     torch.manual_seed(1)

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from lora_core import shielded, validate
 from lora_core.errors import DataError, UserError, run
-from lora_core.loading import Watched, retried
 from lora_core.shielded import Limits
 from lora_core.testing import hostile, limited
+from lora_core.training.loading import Watched, retried
 from lora_core.validate import REPORT, Bad, stop_or_skip, write_report
 
 

@@ -19,12 +19,13 @@ import PIL.ImageFile
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
-from lora_core import loading, shielded
+from lora_core import shielded
 from lora_core.distributed import first_rank_decides
 from lora_core.errors import DataError
 from lora_core.report import say
 from lora_core.testing import corrupt, hostile, processes
 from lora_core.testing.no_device import no_device
+from lora_core.training import loading
 from sam2_lora import demo, evaluate, losses, prepare, survey
 from sam2_lora.config import Config
 from sam2_lora.data import EvalSet, TrainSet, collate, fingerprint, load

@@ -340,7 +340,7 @@ def test_an_adapter_that_makes_the_base_worse_is_said(
 
 @pytest.mark.fault("K53", "K51")
 def test_every_adapter_of_a_run_says_what_it_was_made_of(finished: Path, originals: Path) -> None:
-    from lora_core.adapter_file import read_adapter
+    from lora_core.adapters.file import read_adapter
 
     adapters = [finished / "adapter", *finished.glob("*_lora_*.torch")]
     assert len(adapters) >= 3

@@ -17,13 +17,13 @@ _HOME = {
     "adapters_off": "injection",
     "functional": "functional",
     "inject": "injection",
-    "load_adapter": "adapter_file",
+    "load_adapter": "adapters.file",
     "lora_layers": "injection",
     "merge": "merging",
     "merged_state_dict": "merging",
     "parameter_groups": "injection",
     "remove": "injection",
-    "save_adapter": "adapter_file",
+    "save_adapter": "adapters.file",
     "set_adapters": "injection",
     "summary": "injection",
     "unmerge": "merging",
@@ -32,8 +32,8 @@ __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from lora_core import functional as functional
-    from lora_core.adapter_file import load_adapter as load_adapter
-    from lora_core.adapter_file import save_adapter as save_adapter
+    from lora_core.adapters.file import load_adapter as load_adapter
+    from lora_core.adapters.file import save_adapter as save_adapter
     from lora_core.config import LoraConfig as LoraConfig
     from lora_core.config import Slices as Slices
     from lora_core.injection import adapters_off as adapters_off

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from difflib import SequenceMatcher, get_close_matches
 from typing import TextIO
 
-from lora_core.signals import Stopped, stops_command
+from lora_core.training.signals import Stopped, stops_command
 
 
 class UserError(ValueError):

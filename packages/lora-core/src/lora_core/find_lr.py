@@ -28,14 +28,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from lora_core import checkpoint_state
+from lora_core.checkpoint import state as checkpoint_state
 from lora_core.errors import ConfigError, NumericError
 from lora_core.injection import parameter_groups
 from lora_core.memory import AUTOCAST
 from lora_core.report import Progress
-from lora_core.schedule import EpochSampler
 from lora_core.tensor_file import atomic_write
-from lora_core.training_checks import check_trainable
+from lora_core.training.checks import check_trainable
+from lora_core.training.schedule import EpochSampler
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -134,7 +134,7 @@ def ramp(
     if not 0 < low < high or steps < 10:
         raise ConfigError(f"a ramp of {steps} steps from {low:g} to {high:g}: at least 10, rising")
     check_trainable(network)
-    from lora_core.training_flow import LossModule
+    from lora_core.training.flow import LossModule
 
     kept = {name: tensor.clone() for name, tensor in checkpoint_state.tensors(network).items()}
     modes = {module: module.training for module in network.modules()}

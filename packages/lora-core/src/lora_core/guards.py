@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from lora_core.config_types import shown
 from lora_core.errors import ConfigError, listing
 from lora_core.settings import option
+from lora_core.settings.types import shown
 
 GROUP = "guards"
 LARGEST = 2**31 - 1  # of a count: what every library takes

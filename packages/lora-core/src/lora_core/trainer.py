@@ -26,7 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import TrainOutput
 
-from lora_core import checkpoint, numerics, sharding, training_evaluation, training_saves
+from lora_core import checkpoint
 from lora_core.distributed import (
     finishing,
     first_rank_decides,
@@ -36,26 +36,29 @@ from lora_core.distributed import (
 )
 from lora_core.errors import ConfigError
 from lora_core.guards import Guards
-from lora_core.loading import Watched
-from lora_core.out_of_memory import Advice, explained
 from lora_core.report import Progress, RunLog, say
-from lora_core.schedule import EpochSampler, lr_factor
 from lora_core.settings import plain
-from lora_core.shares import Shares
-from lora_core.signals import Signals, Stopped, name, shield_worker
-from lora_core.training_arguments import (
+from lora_core.training import evaluation as training_evaluation
+from lora_core.training import numerics, sharding
+from lora_core.training import saves as training_saves
+from lora_core.training.arguments import (
     choose_device,
     choose_precision,
     training_arguments,
 )
-from lora_core.training_checks import (
+from lora_core.training.checks import (
     check_depends,
     check_identity,
     check_samples,
     check_trainable,
 )
-from lora_core.training_figures import Means, Setbacks
-from lora_core.training_flow import Finished, Flow, Loss, LossModule
+from lora_core.training.figures import Means, Setbacks
+from lora_core.training.flow import Finished, Flow, Loss, LossModule
+from lora_core.training.loading import Watched
+from lora_core.training.out_of_memory import Advice, explained
+from lora_core.training.schedule import EpochSampler, lr_factor
+from lora_core.training.shares import Shares
+from lora_core.training.signals import Signals, Stopped, name, shield_worker
 
 __all__ = [
     "LoraTrainer",
@@ -101,7 +104,7 @@ class LoraTrainer(Trainer):
         b_lr_ratio: learning rate of B over that of A (LoRA+).
         count: `batch -> items` that the loss of a batch is the mean over; None: its samples.
         sharded: blocks whose frozen parameters are divided among the processes, see
-            `lora_core.sharding`; after `train` they are whole.
+            `lora_core.training.sharding`; after `train` they are whole.
         guards: what is done when something is wrong; its `keep_last` goes before the arguments'
             `save_total_limit`.
         settings: the run's, by name, as plain values; they go into every checkpoint, and a resumed
@@ -487,7 +490,7 @@ class LoraTrainer(Trainer):
     # -- checkpoints; what is in them: `training_saves` ------------------------------------------
 
     def _write_adapter(self, path: Path) -> None:
-        from lora_core.adapter_file import save_adapter
+        from lora_core.adapters.file import save_adapter
 
         save_adapter(self.network, path)
 

@@ -219,7 +219,7 @@ class Artifacts:
 
     def _facts(self, step: int, metrics: Mapping[str, float] | None = None) -> dict[str, Any]:
         """What an adapter file says about its making; `state` leads back to the whole state."""
-        from lora_core.adapter_origin import commit
+        from lora_core.adapters.origin import commit
 
         facts = {
             "step": step,

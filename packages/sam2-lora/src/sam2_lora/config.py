@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lora_core.config import MAX_FLOAT, option
-from lora_core.config_types import shown
 from lora_core.errors import ConfigError, near
 from lora_core.guards import Guards, count_problem
+from lora_core.settings.types import shown
 
 AT_LEAST_ONE = (
     "steps", "batch_size", "lora_rank", "max_objects", "gradient_accumulation_steps", "eval_steps",

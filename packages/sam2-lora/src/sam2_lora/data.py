@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from lora_core.errors import printable
-from lora_core.loading import retried
 from lora_core.report import table
+from lora_core.training.loading import retried
 from lora_core.validate import Bad
 from sam2_lora.config import Config
 from sam2_lora.formats import SPLITS

@@ -317,7 +317,7 @@ def adapter_facts(path: str | None) -> dict[str, Any]:
     """Configuration and metadata that an adapter carries, in one dictionary."""
     if path is None:
         return {}
-    from lora_core.adapter_file import read_adapter
+    from lora_core.adapters.file import read_adapter
 
     file = read_adapter(Path(path))
     return {**file.metadata, **file.config}

@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Raise the learning rate over a short training, and suggest one.",
     )
     from lora_core import find_lr
-    from lora_core.out_of_memory import explained
-    from lora_core.training_arguments import choose_device, choose_precision
+    from lora_core.training.arguments import choose_device, choose_precision
+    from lora_core.training.out_of_memory import explained
     from sam2_lora import data, losses, memory, model, placement
     from sam2_lora.train import ready, warm_start
 

@@ -14,7 +14,7 @@ from sam2_lora.survey import objects_of
 if TYPE_CHECKING:
     from transformers import Sam2Model
 
-    from lora_core.out_of_memory import Advice
+    from lora_core.training.out_of_memory import Advice
 
 LISTED = 4  # names of pictures in a message
 ROW = 1000  # bytes of a line in the CSV and of the same figures for TensorBoard
@@ -48,8 +48,8 @@ def largest_batch(train_set: data.TrainSet, count: int) -> dict[str, Any]:
 
 
 def advice(cfg: Config) -> Advice:
-    """What to do when memory runs out, for this configuration; see `lora_core.out_of_memory`."""
-    from lora_core.out_of_memory import Advice
+    """What to do when memory runs out with this configuration."""
+    from lora_core.training.out_of_memory import Advice
 
     return Advice(remedies(cfg), lambda batch: describe(batch, cfg))
 
@@ -91,8 +91,8 @@ def fitted(network: Sam2Model, train_set: data.TrainSet, cfg: Config) -> Config:
     Raises:
         ConfigError: memory runs out.
     """
-    from lora_core.out_of_memory import fit_batch
-    from lora_core.training_arguments import choose_precision
+    from lora_core.training.arguments import choose_precision
+    from lora_core.training.out_of_memory import fit_batch
 
     batch_size, accumulation = fit_batch(
         network,

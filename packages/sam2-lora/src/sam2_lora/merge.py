@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _recorded_base(adapter: str) -> Path:
     """The base file whose name the adapter holds, if it lies in one of the usual places."""
-    from lora_core.adapter_file import read_adapter
+    from lora_core.adapters.file import read_adapter
     from sam2_lora.official import find_checkpoint
 
     base = read_adapter(adapter, LARGEST).metadata.get("base")

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lora_core.training_arguments import choose_precision
+from lora_core.training.arguments import choose_precision
 from sam2_lora.automatic import UPSCALED_VALUES, Grid, segment_features
 from sam2_lora.config import Config
 from sam2_lora.image import preprocess, to_model_boxes, to_model_points, upscale_logits

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_core import adapter_file, preflight
-from lora_core.adapter_match import size_limit
+from lora_core import preflight
+from lora_core.adapters import file as adapter_file
+from lora_core.adapters.match import size_limit
 from lora_core.cache import fingerprint
 from lora_core.errors import CheckpointError, ConfigError
 from lora_core.report import say

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from lora_core.errors import ConfigError
-from lora_core.training_arguments import choose_precision
+from lora_core.training.arguments import choose_precision
 from sam2_lora.automatic import UPSCALED_VALUES, Grid, Instance, segment, segment_features
 from sam2_lora.image import preprocess, to_model_boxes, to_model_points, upscale_logits
 from sam2_lora.losses import LOGIT_LIMIT, best_masks

@@ -67,7 +67,7 @@ def train(argv: Sequence[str]) -> int:
         return dry_run.run(cfg)
 
     from lora_core.distributed import together
-    from lora_core.training_arguments import choose_device
+    from lora_core.training.arguments import choose_device
 
     device = choose_device(cfg.device)
     with together(device, cfg.trainer.get("ddp_timeout")):
@@ -157,9 +157,9 @@ def arguments(cfg: Config, folder: str | Path, device: torch.device) -> Training
     """The configuration as transformers' TrainingArguments.
 
     Raises:
-        ConfigError: see `lora_core.training_arguments`.
+        ConfigError: see `lora_core.training.arguments`.
     """
-    from lora_core.training_arguments import training_arguments
+    from lora_core.training.arguments import training_arguments
 
     return training_arguments(
         folder,
@@ -216,7 +216,7 @@ def ready(cfg: Config, run: Run | None) -> None:
     )
     import torch
 
-    from lora_core.training_arguments import check_extra, choose_device, choose_precision
+    from lora_core.training.arguments import check_extra, choose_device, choose_precision
     from sam2_lora import model
 
     def works_on_the_device() -> None:
@@ -298,7 +298,7 @@ def show(network: Sam2Model, val: EvalSet | None, log: RunLog, step: int) -> Non
 
 def conclude(trainer: LoraTrainer, artifacts: Artifacts, splits: Splits, cfg: Config) -> None:
     """Write the last files, score the best adapter on the test split, and say where all is."""
-    from lora_core.out_of_memory import explained
+    from lora_core.training.out_of_memory import explained
     from lora_core.validate import REPORT, samples
 
     run, step, best = artifacts.run, trainer.state.global_step, trainer.best

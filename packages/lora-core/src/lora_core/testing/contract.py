@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapter_file import load_adapter, save_adapter
+from lora_core.adapters.file import load_adapter, save_adapter
 from lora_core.config import LoraConfig
 from lora_core.injection import (
     adapters_off,

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_core import errors
-from lora_core.watch import end_children
+from lora_core.distributed.watch import end_children
 
 
 @dataclass(frozen=True)

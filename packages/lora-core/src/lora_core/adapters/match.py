@@ -13,8 +13,13 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from lora_core import file_layout, placement
-from lora_core.adapter_layout import file_prefix, file_shapes, file_target, full_file_key
-from lora_core.adapter_settings import check_settings, layer_settings, lora_config, target_parameter
+from lora_core.adapters.layout import file_prefix, file_shapes, file_target, full_file_key
+from lora_core.adapters.settings import (
+    check_settings,
+    layer_settings,
+    lora_config,
+    target_parameter,
+)
 from lora_core.config import LoraConfig
 from lora_core.errors import CheckpointError, ConfigError, listing, near
 from lora_core.injection import full_keys
@@ -23,7 +28,7 @@ from lora_core.module_names import is_target, join
 from lora_core.targets import resolve
 
 if TYPE_CHECKING:
-    from lora_core.adapter_read import AdapterFile
+    from lora_core.adapters.read import AdapterFile
 
 _FACTOR = re.compile(
     r"(?:(?P<path>.+)\.)?(?P<part>lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))"

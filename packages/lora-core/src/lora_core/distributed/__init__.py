@@ -21,9 +21,23 @@ import torch
 import torch.distributed as dist
 
 from lora_core import errors
+from lora_core.distributed.meeting import (
+    find_place,
+    local_rank,
+    meet,
+    stay_on_this_machine,
+    world_size,
+)
+from lora_core.distributed.watch import (
+    Failure,
+    Peer,
+    RankError,
+    Watch,
+    describe,
+    end_children,
+    finishing,
+)
 from lora_core.errors import ConfigError, UserError
-from lora_core.meeting import find_place, local_rank, meet, stay_on_this_machine, world_size
-from lora_core.watch import Failure, Peer, RankError, Watch, describe, end_children, finishing
 
 __all__ = [
     "RankError",

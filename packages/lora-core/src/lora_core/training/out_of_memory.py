@@ -14,11 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lora_core import checkpoint_state
+from lora_core.checkpoint import state as checkpoint_state
 from lora_core.errors import ConfigError
 from lora_core.memory import ADAM_MOMENTS, AUTOCAST, adapter_bytes, size
 from lora_core.report import say
-from lora_core.training_checks import check_trainable
+from lora_core.training.checks import check_trainable
 
 Loss = Callable[[nn.Module, Any], tuple[Tensor, Any]]
 _REQUEST = re.compile(r"(?:ried|rying) to allocate ([\d.]+ ?\w+)")
@@ -120,7 +120,7 @@ def trial(network: nn.Module, loss: Loss, batch: Any, precision: str = "fp32") -
         batch: on the CPU.
         precision: fp32, bf16 or fp16.
     """
-    from lora_core.training_flow import LossModule
+    from lora_core.training.flow import LossModule
 
     device, dtype = next(network.parameters()).device, AUTOCAST.get(precision)
     modes = {module: module.training for module in network.modules()}

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Sampler
 
 from lora_core.distributed import sum_over_ranks
-from lora_core.schedule import EpochSampler
+from lora_core.training.schedule import EpochSampler
 
 
 class RankBatches(Sampler[list[int]]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from lora_core.checkpoint_manifest import versions
+from lora_core.checkpoint.manifest_file import versions
 from lora_core.errors import CheckpointError
 from lora_core.report import say, table
 

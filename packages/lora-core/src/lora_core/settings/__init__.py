@@ -1,7 +1,7 @@
 """How a command's words and files become its settings, an instance of a typed dataclass.
 
 Types are jsonargparse's; this module adds what it does not promise: flags as people write them,
-files read strictly (`lora_core.config_file`), all faults in one message, each with its place and
+files read strictly (`lora_core.settings.file`), all faults in one message, each with its place and
 the nearest spelling. Nothing here imports torch, so that `--help` answers at once.
 """
 
@@ -19,9 +19,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from lora_core import config_file, config_types
 from lora_core.errors import ConfigError, listing, near
 from lora_core.report import say
+from lora_core.settings import file as config_file
+from lora_core.settings import types as config_types
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lora_core.checkpoint_folders import (
+from lora_core.checkpoint.folders import (
     LEFT,
     MARK,
     NAME,
@@ -31,10 +31,10 @@ from lora_core.checkpoint_folders import (
     publish,
     workspace,
 )
-from lora_core.checkpoint_manifest import FORMAT, MANIFEST, Damaged, trust, verify
-from lora_core.checkpoint_manifest import read as read_manifest
-from lora_core.checkpoint_manifest import write as write_manifest
-from lora_core.checkpoint_state import (
+from lora_core.checkpoint.manifest_file import FORMAT, MANIFEST, Damaged, trust, verify
+from lora_core.checkpoint.manifest_file import read as read_manifest
+from lora_core.checkpoint.manifest_file import write as write_manifest
+from lora_core.checkpoint.state import (
     from_json,
     load_optimizer_state,
     load_schedule,

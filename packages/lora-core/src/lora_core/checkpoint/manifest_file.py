@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_core.adapter_origin import versions
-from lora_core.checkpoint_state import from_json, pack, to_json, unpack
+from lora_core.adapters.origin import versions
+from lora_core.checkpoint.state import from_json, pack, to_json, unpack
 from lora_core.errors import CheckpointError, listing, printable
 from lora_core.report import say
 from lora_core.tensor_file import sync_folder

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_core.adapter_layout import file_prefix
+from lora_core.adapters.layout import file_prefix
 from lora_core.layers import AdapterSpec, LoraLayer
 
 PACKAGES = ("lora-core", "torch", "transformers", "accelerate", "peft", "safetensors", "numpy")

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from lora_core.config_file import Word
 from lora_core.errors import ConfigError, near
+from lora_core.settings.file import Word
 
 LISTS = (list, tuple, set)
 _UNCLEAR = "put '{}' in quotes if a name is meant; for a truth value write true or false"

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_origin, get_type_hints
 
 import torch
 
-from lora_core import config_types, distributed
+from lora_core import distributed
 from lora_core.errors import ConfigError, listing, near
 from lora_core.report import say
+from lora_core.settings import types as config_types
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

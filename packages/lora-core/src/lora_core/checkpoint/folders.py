@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lora_core.checkpoint_manifest import MANIFEST, foreign, read
+from lora_core.checkpoint.manifest_file import MANIFEST, foreign, read
 from lora_core.errors import CheckpointError
 from lora_core.report import say
 from lora_core.run_lock import hold

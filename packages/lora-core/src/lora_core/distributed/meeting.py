@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from lora_core.distributed.watch import Peer, this_process
 from lora_core.errors import ConfigError
-from lora_core.watch import Peer, this_process
 
 
 class Place(NamedTuple):

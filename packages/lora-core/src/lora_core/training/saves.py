@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_core import checkpoint, numerics, resume_check
-from lora_core.checkpoint_state import pack
+from lora_core import checkpoint
+from lora_core.checkpoint.state import pack
 from lora_core.errors import CheckpointError, NumericError
 from lora_core.report import say
-from lora_core.training_checks import untouched
+from lora_core.training import numerics, resume_check
+from lora_core.training.checks import untouched
 
 if TYPE_CHECKING:
     from lora_core.trainer import LoraTrainer

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_core import sharding
 from lora_core.errors import ConfigError
-from lora_core.out_of_memory import is_out_of_memory
 from lora_core.report import duration, figure, say
-from lora_core.signals import Interrupted
-from lora_core.training_checks import untouched
+from lora_core.training import sharding
+from lora_core.training.checks import untouched
+from lora_core.training.out_of_memory import is_out_of_memory
+from lora_core.training.signals import Interrupted
 
 if TYPE_CHECKING:
     from lora_core.trainer import LoraTrainer

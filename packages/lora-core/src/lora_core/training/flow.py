@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from lora_core.errors import NumericError
 from lora_core.report import Progress
-from lora_core.training_checks import check_moved
+from lora_core.training.checks import check_moved
 
 if TYPE_CHECKING:
     from lora_core.trainer import LoraTrainer

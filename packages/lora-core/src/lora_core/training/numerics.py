@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lora_core.checkpoint_state import from_json, pack, to_json, unpack
+from lora_core.checkpoint.state import from_json, pack, to_json, unpack
 from lora_core.errors import CheckpointError
 from lora_core.report import figure
 from lora_core.tensor_file import read_safetensors, safetensors_bytes
@@ -122,8 +122,8 @@ def write_bundle(
         packed, tensors = pack(_plain({"batches": list(batches), "random": dict(random)}))
         (partial / TENSORS).write_bytes(safetensors_bytes(tensors, {}))
         about = {
-            "replay": "lora_core.numerics.replay(folder, model, loss) runs the update again; load "
-            "the adapter beside this file first (load_adapter).",
+            "replay": "load the adapter beside this file (load_adapter), then "
+            "lora_core.training.numerics.replay(folder, model, loss) runs the update again",
             **found,
         }
         (partial / FACTS).write_bytes(to_json({"about": pack(about)[0], "state": packed}, indent=1))

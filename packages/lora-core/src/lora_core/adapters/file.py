@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from lora_core import adapter_layout, adapter_origin
-from lora_core.adapter_match import Match, match, size_limit
-from lora_core.adapter_read import (
+from lora_core.adapters import layout as adapter_layout
+from lora_core.adapters import origin as adapter_origin
+from lora_core.adapters.match import Match, match, size_limit
+from lora_core.adapters.read import (
     CONFIG,
     FORMAT,
     OWN,

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lora_core.adapter_layout import file_prefix, file_target
+from lora_core.adapters.layout import file_prefix, file_target
 from lora_core.config import LoraConfig, Slices
 from lora_core.errors import CheckpointError
 from lora_core.module_names import exactly, first_match, join, only
 
 if TYPE_CHECKING:
-    from lora_core.adapter_read import AdapterFile
+    from lora_core.adapters.read import AdapterFile
 
 Facts = dict[str, Any]  # of one layer: rank, alpha, slices; see adapter_layout.layer_facts
 

@@ -1,0 +1,1 @@
+"""Adapter files: PEFT directories and single files, written whole, read without trust."""
