@@ -35,6 +35,16 @@ SIGNALS = ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"]
 STATUS = {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 143, "SIGUSR1": 143}
 
 
+@pytest.fixture(autouse=True)
+def handlers_as_in_a_terminal():
+    """Under nohup SIGHUP is ignored, and so it would be here."""
+    usual = {name: signal.SIG_DFL for name in SIGNALS} | {"SIGINT": signal.default_int_handler}
+    before = {name: signal.signal(getattr(signal, name), usual[name]) for name in SIGNALS}
+    yield
+    for name, handler in before.items():
+        signal.signal(getattr(signal, name), handler)
+
+
 def send(name="SIGTERM"):
     os.kill(os.getpid(), getattr(signal, name))
 
