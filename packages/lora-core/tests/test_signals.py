@@ -38,7 +38,7 @@ STATUS = {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 143, "SIGUSR1": 143}
 @pytest.fixture(autouse=True)
 def handlers_as_in_a_terminal():
     """Under nohup SIGHUP is ignored, and so it would be here."""
-    usual = {name: signal.SIG_DFL for name in SIGNALS} | {"SIGINT": signal.default_int_handler}
+    usual = dict.fromkeys(SIGNALS, signal.SIG_DFL) | {"SIGINT": signal.default_int_handler}
     before = {name: signal.signal(getattr(signal, name), usual[name]) for name in SIGNALS}
     yield
     for name, handler in before.items():
