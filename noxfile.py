@@ -42,7 +42,7 @@ def editable() -> list[str]:
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style, types, who may import whom, and whether docs/faults.md is what the tests show."""
-    install(session, "ruff", "mypy", "types-PyYAML", "torch", "numpy", "pillow")
+    install(session, "ruff", "mypy", "types-PyYAML", "torch", "numpy", "pillow", "packaging")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy", *(f"packages/{package}/src" for package in PACKAGES))
