@@ -20,6 +20,7 @@ from lora_core.memory import estimate, saved_bytes
 from lora_core.testing.no_device import no_device
 from sam2_lora import __main__, data, demo, losses, memory, model, placement
 from sam2_lora.config import Config
+from sam2_lora.train import settings
 
 SIDE = 64
 
@@ -236,13 +237,20 @@ def test_auto_batch_is_recorded_and_the_run_is_the_one_with_these_values(
     demo_data = tmp_path / "data"
     words = ("--steps", "2", "--eval_steps", "9", "--log_steps", "1", "--max_val_images", "1")
     found, asked = tmp_path / "found", tmp_path / "asked"
-    argv = command(demo_data, found, *words, "--batch_size", "2", "--auto_batch")
-    assert __main__.main(["train", *argv]) == 0
+    first = command(demo_data, found, *words, "--batch_size", "2", "--auto_batch")
+    assert __main__.main(["train", *first]) == 0
     argv = command(demo_data, asked, *words, "--gradient_accumulation_steps", "2")
     assert __main__.main(["train", *argv]) == 0
     (run,) = (found / "runs").glob("sam2_*")
     cfg = parse(Config, ["--config", str(run / "config.yaml")], prog="test")
     assert (cfg.batch_size, cfg.gradient_accumulation_steps, cfg.auto_batch) == (1, 2, True)
+    (run / "training_summary.json").rename(run / "aside")
+    latest, same = settings([*first, "--resume", "latest"])  # as torchrun starts it again
+    assert same is not None
+    assert same.folder == run
+    assert latest == replace(cfg, resume=str(run))
+    assert settings([*first, "--resume", "latest", "--lora_rank", "4"])[1] is None
+    (run / "aside").rename(run / "training_summary.json")
     for folder in (found, asked):  # a resumed run keeps what was found
         (run,) = (folder / "runs").glob("sam2_*")
         assert __main__.main(["train", "--resume", str(run), "--steps", "3"]) == 0

@@ -16,15 +16,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_core import settings
-from lora_core.config import dump
-from lora_core.errors import CheckpointError, ConfigError
+from lora_core.config import dump, parse
+from lora_core.errors import CheckpointError, ConfigError, UserError
 from lora_core.report import say
 from lora_core.settings import as_yaml
 from sam2_lora.config import Config
@@ -99,14 +99,25 @@ def new_run(cfg: Config, size: str) -> Run:
 
 def unfinished(cfg: Config) -> Path | None:
     """The latest run in the output folder with the same settings that stopped before its end."""
-    wanted = as_yaml(cfg)
     for folder in sorted(Path(cfg.output_dir).glob("sam2_*"), reverse=True):
         saved = any(folder.glob("state/checkpoint-*/"))
         stopped = saved and not (folder / "training_summary.json").exists()
-        config = folder / "config.yaml"
-        if stopped and config.is_file() and config.read_text("utf-8", "replace") == wanted:
-            return folder
+        if stopped and (folder / "config.yaml").is_file():
+            try:
+                stored = parse(Config, ["--config", str(folder / "config.yaml")], prog="")
+            except UserError:  # of another version
+                continue
+            if _asked_for(stored) == _asked_for(cfg):
+                return folder
     return None
+
+
+def _asked_for(cfg: Config) -> str:
+    """Settings as text, such that what `--auto_batch` has made of them is the same."""
+    if cfg.auto_batch:
+        samples = cfg.batch_size * cfg.gradient_accumulation_steps
+        cfg = replace(cfg, batch_size=samples, gradient_accumulation_steps=1)
+    return as_yaml(cfg)
 
 
 def find_run(resume: str) -> Run:

@@ -196,6 +196,7 @@ def settings(argv: Sequence[str]) -> tuple[Config, Run | None]:
         if found is None:
             say(f"no unfinished run with these settings in {cfg.output_dir}: a new one begins")
             return replace(cfg, resume=None), None
+        argv = ["--resume", str(found)]  # the other flags are in its settings
         cfg = replace(cfg, resume=str(found))
     run = find_run(str(cfg.resume))
     return parse(Config, ["--config", str(run.config), *argv], **about), run
