@@ -457,7 +457,7 @@ def test_other_files_are_counted(tmp_path: Path) -> None:
 
 
 def test_a_missing_root_names_the_path_tried(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"/none: no such folder. Set --data_root"):
+    with pytest.raises(DataError, match=r"/none: no such folder: name that of your data"):
         find(tmp_path / "none")
 
 

@@ -67,7 +67,7 @@ def find(root: Path, data_format: str = "auto") -> tuple[str, dict[str, Source]]
     """
     if not root.exists():
         raise DataError(
-            f"{root.absolute()}: no such folder. Set --data_root; `sam2-lora prepare` makes the "
+            f"{root.absolute()}: no such folder: name that of your data. `sam2-lora prepare` makes the "
             "Severstal layout, `sam2-lora demo` a data set to try"
         )
     names = FORMATS if data_format == "auto" else (data_format,)
