@@ -67,8 +67,8 @@ def find(root: Path, data_format: str = "auto") -> tuple[str, dict[str, Source]]
     """
     if not root.exists():
         raise DataError(
-            f"{root.absolute()}: no such folder: name that of your data. `sam2-lora prepare` makes the "
-            "Severstal layout, `sam2-lora demo` a data set to try"
+            f"{root.absolute()}: no such folder: name that of your data. `sam2-lora prepare` makes "
+            "the Severstal layout, `sam2-lora demo` a data set to try"
         )
     names = FORMATS if data_format == "auto" else (data_format,)
     found = {name: sources for name in names if (sources := _FIND[name](root))}
