@@ -94,6 +94,12 @@ def test_transformers_own_message_about_that_torchvision_never_shows(
     assert "Traceback" not in done.stderr
 
 
+def declared() -> list[str]:
+    """What the package says that it needs."""
+    with (PACKAGE / "pyproject.toml").open("rb") as text:
+        return tomllib.load(text)["project"]["dependencies"]
+
+
 @pytest.mark.fault("C39")
 @pytest.mark.parametrize(
     ("name", "version", "wanted"),
@@ -110,7 +116,9 @@ def test_a_library_outside_its_range_stops_the_start_with_both_versions(
     refuse: Refuse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     name: str, version: str, wanted: str,
 ) -> None:  # fmt: skip
-    monkeypatch.syspath_prepend(install(tmp_path / "site", name, version, []))
+    # Installed from a clone, the package needs the lora-core beside it, in any version.
+    site = install(tmp_path / "site", "sam2-lora", "0.1.0", declared())
+    monkeypatch.syspath_prepend(install(site, name, version, []))
     message = refuse()
     assert f"{name} {version} is installed, " in message
     assert wanted in message
@@ -122,9 +130,7 @@ def test_a_release_that_the_package_excludes_is_too_new(
     refuse: Refuse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The ranges are read from what is installed, so a later bound needs no change of code."""
-    with (PACKAGE / "pyproject.toml").open("rb") as text:
-        needs = tomllib.load(text)["project"]["dependencies"]
-    bounded = [f"{need},<5.16" if need.startswith("transformers") else need for need in needs]
+    bounded = [f"{n},<5.16" if n.startswith("transformers") else n for n in declared()]
     site = install(tmp_path / "site", "sam2-lora", "0.1.0", bounded)
     install(tmp_path / "site", "transformers", "99.0.0", [])
     monkeypatch.syspath_prepend(site)
