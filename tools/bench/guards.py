@@ -29,7 +29,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from lora_core.trainer import LoraTrainer
-from lora_core.training.flow import LossModule
+from lora_core.training.loss import LossModule
 from sam2_lora import data, demo, losses, model, placement
 from sam2_lora.config import Config
 from sam2_lora.train import arguments

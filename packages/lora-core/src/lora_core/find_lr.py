@@ -24,23 +24,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from lora_core.checkpoint import state as checkpoint_state
 from lora_core.errors import ConfigError, NumericError
 from lora_core.injection import parameter_groups
-from lora_core.memory import AUTOCAST
 from lora_core.report import Progress
 from lora_core.tensor_file import atomic_write
-from lora_core.training.checks import check_trainable
+from lora_core.training.checks import check_trainable, undone
+from lora_core.training.loss import Loss, LossModule, batch_loss
 from lora_core.training.schedule import EpochSampler
 
 if TYPE_CHECKING:
     from PIL import Image
 
-Loss = Callable[[nn.Module, Any], tuple[Tensor, Any]]
 WIDTH = 5.0  # steps
 RECENT = 8  # steps whose mean says whether the loss has diverged
 DIVERGED = 1.5  # times the lowest such mean: the ramp ends
@@ -134,31 +131,19 @@ def ramp(
     if not 0 < low < high or steps < 10:
         raise ConfigError(f"a ramp of {steps} steps from {low:g} to {high:g}: at least 10, rising")
     check_trainable(network)
-    from lora_core.training.flow import LossModule
-
-    kept = {name: tensor.clone() for name, tensor in checkpoint_state.tensors(network).items()}
-    modes = {module: module.training for module in network.modules()}
-    randoms = checkpoint_state.random_state()
-    try:
+    order = list(EpochSampler(len(train_set), seed))  # type: ignore[arg-type]
+    order = order[: steps * accumulation * batch_size]
+    loader = DataLoader(
+        Subset(train_set, order), batch_size, collate_fn=collate, num_workers=num_workers
+    )
+    rates = [low * (high / low) ** (k / (steps - 1)) for k in range(steps)]
+    with undone(network):
         module = LossModule(network, loss).train()
-        order = list(EpochSampler(len(train_set), seed))  # type: ignore[arg-type]
-        order = order[: steps * accumulation * batch_size]
-        loader = DataLoader(
-            Subset(train_set, order), batch_size, collate_fn=collate, num_workers=num_workers
-        )
-        groups = parameter_groups(network, low, weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=low)
-        rates = [low * (high / low) ** (k / (steps - 1)) for k in range(steps)]
+        optimizer = torch.optim.AdamW(parameter_groups(network, low, weight_decay), lr=low)
         started = _before(module, loader, seed, precision)
         batches = _again_and_again(started, loader)
         windows = zip(*[batches] * accumulation, strict=False)  # of as many batches each
         return _climb(module, optimizer, windows, rates, max_grad_norm, precision)
-    finally:
-        checkpoint_state.set_random_state(randoms)
-        network.zero_grad(set_to_none=True)
-        checkpoint_state.load_tensors(network, kept)
-        for part, mode in modes.items():
-            part.training = mode
 
 
 def _before(
@@ -169,7 +154,7 @@ def _before(
     with torch.no_grad():
         for number, batch in enumerate(loader):
             torch.manual_seed(seed + number)
-            found.append((seed + number, float(_loss(module, batch, precision))))
+            found.append((seed + number, float(batch_loss(module, batch, precision))))
     if not all(math.isfinite(value) and value > 0 for _, value in found):
         raise NumericError("the loss is not finite and positive before any update: check the data")
     return found
@@ -194,7 +179,7 @@ def _climb(
             now = 0.0
             for (seed, _), batch in window:
                 torch.manual_seed(seed)  # dropout as before: what changes is the weights
-                value = _loss(module, batch, precision)
+                value = batch_loss(module, batch, precision)
                 (value / len(window)).backward()
                 now += float(value.detach())
             ratio = now / sum(started for (_, started), _ in window)
@@ -213,15 +198,6 @@ def _again_and_again(
     """Batches with their losses at the start; a small data set comes several times."""
     while True:
         yield from zip(started, loader, strict=True)
-
-
-def _loss(module: nn.Module, batch: Any, precision: str) -> Tensor:
-    device = next(module.parameters()).device
-    dtype = AUTOCAST.get(precision)
-    batch = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
-    with torch.autocast(device.type, dtype, enabled=dtype is not None):
-        value: Tensor = module(batch)[0]
-    return value
 
 
 # -- files -----------------------------------------------------------------------------------------

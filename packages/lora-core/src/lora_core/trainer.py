@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 import multiprocessing
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
@@ -53,10 +52,12 @@ from lora_core.training.checks import (
     check_trainable,
 )
 from lora_core.training.figures import Means, Setbacks
-from lora_core.training.flow import Finished, Flow, Loss, LossModule
+from lora_core.training.flow import Finished, Flow
 from lora_core.training.loading import Watched
+from lora_core.training.loss import Loss, LossModule
+from lora_core.training.optimizer import create_optimizer, create_schedule
 from lora_core.training.out_of_memory import Advice, explained
-from lora_core.training.schedule import EpochSampler, lr_factor
+from lora_core.training.schedule import EpochSampler
 from lora_core.training.shares import Shares
 from lora_core.training.signals import Signals, Stopped, name, shield_worker
 
@@ -67,15 +68,6 @@ __all__ = [
     "first_rank_decides",
     "training_arguments",
 ]
-
-
-@contextmanager
-def _settings_of(names: str) -> Iterator[None]:
-    """What torch refuses when it is given `--trainer.NAME value`, as a fault of the settings."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"--trainer.{names} do not go together: {error}") from error
 
 
 class LoraTrainer(Trainer):
@@ -394,37 +386,15 @@ class LoraTrainer(Trainer):
         return gathered
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW, or `--trainer.optim`, on the parameter groups of the adapters."""
         if self.optimizer is None:
-            from lora_core.injection import parameter_groups
-
-            with _settings_of("optim, optim_args and adam_..."):
-                cls, settings = self.get_optimizer_cls_and_kwargs(self.args)
-            if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)) or (
-                settings.keys() & {"params", "model", "optimizer_dict"}
-            ):
-                raise ConfigError(f"--trainer.optim {self.args.optim} does not train adapters only")
-            groups = parameter_groups(
-                self.network, self.args.learning_rate, self.args.weight_decay, self.b_lr_ratio
-            )
-            with _settings_of("optim, optim_args and adam_..."):
-                self.optimizer = cls(groups, **settings)
+            self.optimizer = create_optimizer(self.network, self.args, self.b_lr_ratio)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Plain `cosine` is a warm-up from peak / w and one cosine to 1 % of the peak.
-
-        transformers' own starts with an update at learning rate 0 and ends at 0.
-        """
-        if self.args.lr_scheduler_type != "cosine" or self.args.lr_scheduler_kwargs:
-            with _settings_of("lr_scheduler_type and lr_scheduler_kwargs"):
-                return super().create_scheduler(num_training_steps, optimizer)
-        warmup = self.args.get_warmup_steps(num_training_steps)
         if self.lr_scheduler is None:
             self._created_lr_scheduler = True
-            self.lr_scheduler = LambdaLR(
-                optimizer or self.optimizer,
-                lambda update: lr_factor(update, warmup, num_training_steps),
+            self.lr_scheduler = create_schedule(
+                optimizer or self.optimizer, self.args, num_training_steps
             )
         return self.lr_scheduler
 

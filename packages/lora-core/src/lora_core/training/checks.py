@@ -124,3 +124,18 @@ def untouched(model: nn.Module) -> Iterator[None]:
         checkpoint.set_random_state(randoms)
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def undone(model: nn.Module) -> Iterator[None]:
+    """Train inside: afterwards weights, gradients, modes and generators are as before, bit for bit.
+
+    There are no gradients before.
+    """
+    tensors = {name: tensor.clone() for name, tensor in checkpoint.tensors(model).items()}
+    with untouched(model):
+        try:
+            yield
+        finally:
+            model.zero_grad(set_to_none=True)
+            checkpoint.load_tensors(model, tensors)

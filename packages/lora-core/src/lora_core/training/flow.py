@@ -1,12 +1,11 @@
-"""The two parts of `LoraTrainer` that transformers calls: the module it wraps, and the events."""
+"""What `LoraTrainer` does at the events of transformers' loop."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback
 
 from lora_core.errors import NumericError
@@ -17,31 +16,6 @@ if TYPE_CHECKING:
     from lora_core.trainer import LoraTrainer
 
 SMALLEST_SCALE = 1e-4  # of fp16's gradient scaler, which starts at 65536 and halves
-Loss = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Any]]]
-
-
-class LossModule(nn.Module):
-    """The loss as a module, so that DDP and autocast see one forward.
-
-    In training mode frozen layers with running statistics stay in eval mode: their statistics
-    are part of the base.
-    """
-
-    def __init__(self, network: nn.Module, loss: Loss) -> None:
-        super().__init__()
-        self.network = network
-        self.loss = loss
-
-    def forward(self, batch: Any) -> tuple[Tensor, dict[str, Any]]:
-        return self.loss(self.network, batch)
-
-    def train(self, mode: bool = True) -> LossModule:
-        super().train(mode)
-        for module in self.network.modules():
-            has_statistics = getattr(module, "running_mean", None) is not None
-            if has_statistics and not any(p.requires_grad for p in module.parameters()):
-                module.eval()
-        return self
 
 
 class Finished(Exception):

@@ -12,15 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from lora_core.checkpoint import state as checkpoint_state
 from lora_core.errors import ConfigError
-from lora_core.memory import ADAM_MOMENTS, AUTOCAST, adapter_bytes, size
+from lora_core.memory import ADAM_MOMENTS, adapter_bytes, size
 from lora_core.report import say
-from lora_core.training.checks import check_trainable
+from lora_core.training.checks import check_trainable, undone
+from lora_core.training.loss import Loss, LossModule, batch_loss
 
-Loss = Callable[[nn.Module, Any], tuple[Tensor, Any]]
 _REQUEST = re.compile(r"(?:ried|rying) to allocate ([\d.]+ ?\w+)")
 # How libraries say it where torch does not.
 _SIGNS = (
@@ -120,27 +119,11 @@ def trial(network: nn.Module, loss: Loss, batch: Any, precision: str = "fp32") -
         batch: on the CPU.
         precision: fp32, bf16 or fp16.
     """
-    from lora_core.training.flow import LossModule
-
-    device, dtype = next(network.parameters()).device, AUTOCAST.get(precision)
-    modes = {module: module.training for module in network.modules()}
-    tensors = {name: tensor.clone() for name, tensor in checkpoint_state.tensors(network).items()}
-    randoms = checkpoint_state.random_state()
-    try:
+    with undone(network):
         trained = [p for p in network.parameters() if p.requires_grad]
         moments = [torch.empty_like(p) for p in trained for _ in range(ADAM_MOMENTS)]
-        module = LossModule(network, loss).train()
-        batch = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            value, _ = module(batch)
-        value.backward()
+        batch_loss(LossModule(network, loss).train(), batch, precision).backward()
         del moments
-    finally:
-        checkpoint_state.set_random_state(randoms)
-        network.zero_grad(set_to_none=True)
-        checkpoint_state.load_tensors(network, tensors)
-        for part, mode in modes.items():
-            part.training = mode
 
 
 def fit_batch(
