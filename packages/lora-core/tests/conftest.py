@@ -5,7 +5,11 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+
+import pytest
 
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[name] = "1"  # read by torch and numpy when they are imported, so before them
@@ -15,3 +19,26 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lora-tests-cache-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 sys.path.insert(0, str(Path(__file__).parent))  # for tiny_training.py
+
+from lora_core.testing import refusals  # noqa: E402
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB. What happens on it is shown without one, too, beside each use."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(refusals.small_disk(place, 2**21))
+        except PermissionError as error:
+            pytest.skip(f"{error}: needs Linux and CAP_SYS_ADMIN")
+        yield place
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user may enter, unlike pytest's own."""
+    with tempfile.TemporaryDirectory(prefix="lora-tests-") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)

@@ -3,7 +3,6 @@
 import json
 import stat
 import zipfile
-from contextlib import contextmanager
 
 import pytest
 import safetensors.torch
@@ -17,6 +16,7 @@ from lora_core.tensor_file import (
     read_torch,
     safetensors_bytes,
 )
+from lora_core.testing.refusals import files_limited_to
 
 TENSORS = {
     "b": torch.arange(3.0),
@@ -57,18 +57,6 @@ def test_a_name_of_the_longest_length_can_be_written(tmp_path):
     with atomic_write(tmp_path / name) as file:
         file.write(b"x")
     assert (tmp_path / name).read_bytes() == b"x"
-
-
-@contextmanager
-def files_limited_to(size):
-    """As on a full disk: the system refuses to let a file grow."""
-    resource = pytest.importorskip("resource", reason="needs POSIX limits")
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 @pytest.mark.parametrize("library", ["bytes", "torch"])

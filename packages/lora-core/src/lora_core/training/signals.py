@@ -11,7 +11,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
@@ -128,13 +128,8 @@ class Signals:
         self._handlers.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._handlers.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:
+        self._handlers.__exit__(*error)
 
 
 def shield_worker(worker: int, *, init: Callable[[int], object] | None, leaving: Any) -> None:
