@@ -2,12 +2,10 @@
 
 import errno
 import os
-import resource
 import shutil
-import subprocess
-import sys
 from collections import defaultdict
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,6 +27,7 @@ from lora_core.errors import CheckpointError, UserError
 from lora_core.guards import Guards
 from lora_core.report import RunLog
 from lora_core.testing import processes
+from lora_core.testing.refusals import files_limited_to, no_space_left
 from lora_core.training import resume_check
 from lora_core.training.schedule import EpochSampler, lr_factor
 
@@ -576,45 +575,43 @@ def test_memory_that_runs_out_outside_of_a_step_names_the_phase(tmp_path, phase,
 # -- saving that fails -----------------------------------------------------------------------------
 
 
-def fill(path):
-    """Write until nothing more fits on the disk."""
-    with suppress(OSError), open(path, "wb", buffering=0) as file:
+@contextmanager
+def filled(folder):
+    """Nothing more fits on the disk."""
+    with suppress(OSError), open(folder / "filler", "wb", buffering=0) as file:
         while file.write(bytes(4096)):
             pass
+    yield
+    (folder / "filler").unlink()
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MB, where this process may make one."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m,mode=0700", "tmpfs", str(place)]
-    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("needs the right to mount a file system")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+@pytest.fixture(params=["flush", "disk"])
+def disk(request, tmp_path):
+    """A folder, and what fills its disk: as the flush of a file has it, or a small one for good."""
+    if request.param == "flush":
+        return tmp_path, no_space_left
+    folder = request.getfixturevalue("small_disk")
+    return folder, partial(filled, folder)
 
 
 @pytest.mark.fault("R35", "K49")
 def test_a_log_without_room_is_survived_without_a_gap(every, tmp_path, capsys):
     """The limit lets a part of the row through, as a disk that becomes full in the middle of it."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = ExitStack()
 
     def fills(step):
         if step == 5:
             room = (tmp_path / "log.csv").stat().st_size + 10
-            resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+            limit.enter_context(files_limited_to(room))
 
     def frees(model, batch):
         if made.state.global_step == 9:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            limit.close()
         return loss(model, batch)
 
     made = trainer(tmp_path, on_latest=fills, loss=frees)
-    try:
+    with limit:
         made.train()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert_same_bits(every[1].network, made.network)
     assert rows(tmp_path) == rows(every[0])  # what could not be written came with the next row
     out = capsys.readouterr().out
@@ -623,29 +620,28 @@ def test_a_log_without_room_is_survived_without_a_gap(every, tmp_path, capsys):
 
 
 @pytest.mark.fault("K02")
-def test_a_full_disk_is_a_warning_and_the_next_save_tries_again(
-    every, small_disk, tmp_path, capsys
-):
+def test_a_full_disk_is_a_warning_and_the_next_save_tries_again(every, disk, capsys):
+    folder, filled = disk
+    full, seen = ExitStack(), []
+
     def fills(step):
         if step == 5:
-            fill(small_disk / "filler")
-
-    made = trainer(small_disk, log=False, on_latest=fills)
-    freed = []
+            full.enter_context(filled())
 
     def frees(model, batch):
-        if made.state.global_step == 12 and (small_disk / "filler").exists():
-            (small_disk / "filler").unlink()
-            freed.append(checkpoint.steps(small_disk))
+        if made.state.global_step == 12 and not seen:
+            seen.append(checkpoint.steps(folder))
+            full.close()
         return loss(model, batch)
 
-    made.model.loss = frees
-    made.train()
-    assert freed == [[5]]  # that of step 10 could not be written
+    made = trainer(folder, log=False, on_latest=fills, loss=frees)
+    with full:
+        made.train()
+    assert seen == [[5]]  # that of step 10 could not be written
     assert_same_bits(every[1].network, made.network)
-    assert checkpoint.latest(small_disk).name == "checkpoint-23"
-    assert 15 in checkpoint.steps(small_disk)
-    assert not list(small_disk.glob(".checkpoint*"))
+    assert checkpoint.latest(folder).name == "checkpoint-23"
+    assert 15 in checkpoint.steps(folder)
+    assert not list(folder.glob(".checkpoint*"))
     out = capsys.readouterr().out
     assert out.count("warning: saving at step 10 failed") == 1
     assert "No space left on device" in out
@@ -654,19 +650,21 @@ def test_a_full_disk_is_a_warning_and_the_next_save_tries_again(
 
 
 @pytest.mark.fault("K02")
-def test_a_disk_that_is_still_full_at_the_end_is_an_error(small_disk, capsys):
-    def fills(step):
-        fill(small_disk / f"filler{step}")
-
-    made = trainer(small_disk, log=False, on_latest=fills, resume_with="go on")
-    assert errors.run(lambda argv: made.train() and None, []) == 2
+def test_a_disk_that_is_still_full_at_the_end_is_an_error(disk, capsys):
+    folder, filled = disk
+    with ExitStack() as full:
+        made = trainer(
+            folder, log=False, resume_with="go on",
+            on_latest=lambda step: full.enter_context(filled()),
+        )  # fmt: skip
+        assert errors.run(lambda argv: made.train() and None, []) == 2
     text = capsys.readouterr().err
     assert "error: saving at step 23 failed" in text
     assert "No space left on device" in text
     assert "The checkpoint of step 5 is as it was; make room" in text
     assert "continue with: go on" in text
     assert "Traceback" not in text
-    assert checkpoint.latest(small_disk).name == "checkpoint-5"
+    assert checkpoint.latest(folder).name == "checkpoint-5"
 
 
 @pytest.mark.fault("K02", "K18")

@@ -1,11 +1,9 @@
-"""Tiny trainings, seconds together. Run as a script, this file is one rank of torchrun's test."""
+"""Tiny trainings, seconds together."""
 
 import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from lora_core import checkpoint
 from lora_core.config import LoraConfig
 from lora_core.errors import CheckpointError, ConfigError, DataError, NumericError
 from lora_core.injection import inject
+from lora_core.testing import processes
 from lora_core.trainer import choose_device, choose_precision, training_arguments
 from lora_core.training.arguments import REFUSED, SET_BY_US
 from lora_core.training.schedule import FLOOR, EpochSampler, lr_factor
@@ -637,10 +636,8 @@ def distributed_run(folder, batch_size):
 
 
 def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "2", __file__, str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    ended = processes.run(lambda rank: distributed_run(tmp_path / "two", 4))
+    assert [process.status for process in ended] == [0, 0], ended
     distributed_run(tmp_path / "one", 8)
 
     def weights(name, rank):
@@ -656,14 +653,8 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
     assert facts("two", 0) == facts("two", 1)
     assert facts("two", 0)["processes"] == 2
     assert set(facts("two", 0)["told"]) == {0, 1, 2}
-    assert done.stdout.count("before training") == 1
+    assert ["before training" in process.output for process in ended] == [True, False]
     for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         assert (one["step"], one["split"]) == (two["step"], two["split"])
         if one["loss"]:
             assert float(one["loss"]) == pytest.approx(float(two["loss"]), rel=1e-6)
-
-
-if __name__ == "__main__":
-    distributed_run(sys.argv[1], 4)
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads can outlive the group and then abort the interpreter's teardown

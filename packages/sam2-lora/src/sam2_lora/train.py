@@ -261,7 +261,8 @@ def cached_features(network: Sam2Model, cfg: Config) -> Callable[[Record], dict[
     import torch
 
     from lora_core.cache import FeatureCache, fingerprint
-    from sam2_lora.image import preprocess, read_image
+    from sam2_lora.data import pixels_of
+    from sam2_lora.image import preprocess
     from sam2_lora.metrics import autocast, evaluating
     from sam2_lora.model import encode
 
@@ -269,7 +270,7 @@ def cached_features(network: Sam2Model, cfg: Config) -> Callable[[Record], dict[
     device = next(network.parameters()).device
 
     def compute(record: Record) -> dict[str, Tensor]:
-        pixels = preprocess(read_image(record.image), cfg.size)[None].to(device)
+        pixels = preprocess(pixels_of(record), cfg.size)[None].to(device)
         with evaluating(network), autocast(device, cfg.precision), torch.no_grad():
             features = encode(network, pixels)
         return {name: tensor[0].cpu() for name, tensor in features._asdict().items()}
