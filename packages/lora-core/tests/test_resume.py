@@ -31,7 +31,7 @@ from lora_core.testing.refusals import files_limited_to, no_space_left
 from lora_core.training import resume_check
 from lora_core.training.schedule import EpochSampler, lr_factor
 
-EVERY = {"trainer": {"save_steps": 1, "save_total_limit": 99}}
+EVERY = {"trainer": {"save_steps": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,7 @@ def test_samples_come_in_the_same_order_and_each_once_an_epoch(every, tmp_path):
         per_epoch[epoch].append(index)
     for epoch in range(3):
         assert sorted(per_epoch[epoch]) == list(range(50))
+    assert per_epoch[0] != per_epoch[1] != per_epoch[2], "each epoch has an order of its own"
     for step, samples in ((3, 24), (7, 50), (16, 116)):
         assert seen_by(tmp_path / str(step), step) == whole[samples:]
 
@@ -216,7 +217,7 @@ def test_tensorboard_and_csv_have_every_step_once_after_resumes(tmp_path):
             raise KeyError("as if killed")
         return loss(model, batch)
 
-    settings = {"log_steps": 2, "trainer": {"save_steps": 5, "save_total_limit": 99}}
+    settings = {"log_steps": 2, "trainer": {"save_steps": 5}}
     train(tmp_path / "a", log=False, **settings | {"own": {"log": log(tmp_path / "a")}})
     made = trainer(
         tmp_path / "b", log=False, loss=dies, **settings | {"own": {"log": log(tmp_path / "b")}}
@@ -232,6 +233,22 @@ def test_tensorboard_and_csv_have_every_step_once_after_resumes(tmp_path):
     whole = scalars(tmp_path / "a")
     assert whole["train/loss"]
     assert scalars(tmp_path / "b") == whole
+
+
+@pytest.mark.fault("K49", "K15")
+def test_rows_after_the_checkpoint_are_those_of_the_resumed_run(every, tmp_path):
+    """The run had logged further than it had saved, and goes on with another learning rate."""
+    shutil.copytree(every[0] / "checkpoint-10", tmp_path / "checkpoint-10")
+    shutil.copy(every[0] / "log.csv", tmp_path)  # up to step 23
+    train(tmp_path, resume=True, learning_rate=1e-3, **EVERY)
+    before, after = rows(every[0], "train"), rows(tmp_path, "train")
+    assert [row["step"] for row in after] == [row["step"] for row in before]
+    for old, new in zip(before, after, strict=True):
+        if int(old["step"]) <= 10:
+            assert new == old
+        else:
+            assert float(new["lr"]) == pytest.approx(float(old["lr"]) / 10)
+            assert new["loss"] != old["loss"]
 
 
 @pytest.mark.fault("K49")
@@ -321,7 +338,7 @@ def described(settings=SETTINGS, base="a" * 32, data="d" * 32):
 @pytest.fixture(scope="module")
 def stated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stated")
-    train(folder, steps=4, trainer={"save_steps": 2, "save_total_limit": 9}, **described())
+    train(folder, steps=4, trainer={"save_steps": 2}, **described())
     return folder
 
 

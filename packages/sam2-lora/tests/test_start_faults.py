@@ -190,6 +190,42 @@ def test_optimiser_settings_that_torch_refuses_are_faults_of_the_user(
     assert "Traceback" not in message
 
 
+@pytest.mark.fault("C40", "C04")
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--trainer.optim", "stable_adamw"], "--trainer.optim"),
+        (["--trainer.optim", "galore_adamw"], "--trainer.optim"),
+        (["--trainer.log_level", "nonsense"], "--trainer.log_level"),
+        (["--trainer.torch_compile_backend", "nonsense"], "--trainer.torch_compile_backend"),
+        (["--trainer.save_total_limit", "9"], "keep_last"),
+    ],
+)
+def test_settings_of_the_trainer_that_cannot_work_here_are_no_fault_of_ours(
+    refuse: Refuse, words: list[str], expected: str
+) -> None:
+    """An optimiser that is not installed, a name that is none, a limit that has no effect."""
+    assert expected in refuse(*words)
+
+
+@pytest.mark.fault("R29", "C17")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ACCELERATE_MIXED_PRECISION", "bf16"),
+        ("ACCELERATE_DYNAMO_BACKEND", "EAGER"),
+        ("ACCELERATE_USE_DEEPSPEED", "true"),
+        ("ACCELERATE_USE_FSDP", "true"),
+    ],
+)
+def test_what_a_launcher_sets_beside_the_command_is_refused(
+    refuse: Refuse, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    """`accelerate launch` hands its settings over in the environment, where nobody sees them."""
+    monkeypatch.setenv(name, value)
+    assert name in refuse()
+
+
 # -- folders ---------------------------------------------------------------------------------------
 
 

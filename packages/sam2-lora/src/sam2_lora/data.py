@@ -33,7 +33,6 @@ from sam2_lora.prompts import Mask, box_of, jittered, random_pixel
 from sam2_lora.records import Reading, Record
 from sam2_lora.survey import (
     Counts,
-    Found,
     Parts,
     Surveyed,
     counted,
@@ -99,7 +98,8 @@ class TrainSet(Dataset[Sample]):
         flip = self.cfg.hflip and bool(rng.random() < 0.5)
         found = retried(lambda: objects_of(record, self.cfg))
         if flip:
-            found = Found(*([item.mirrored() for item in group] for group in found))
+            kept, small = ([item.mirrored() for item in group] for group in found[:2])
+            found = found._replace(kept=kept, small=small)
         chosen = found.kept
         if len(chosen) > self.cfg.max_objects:
             numbers = rng.choice(len(chosen), self.cfg.max_objects, replace=False)

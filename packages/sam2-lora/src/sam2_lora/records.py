@@ -81,10 +81,18 @@ class Record:
         """The annotations' masks, decoded anew at each access; empty ones are left out.
 
         Raises:
+            DataError: as `decoded`.
+        """
+        return self.decoded()[0]
+
+    def decoded(self) -> tuple[list[Object], int]:
+        """The annotations' masks, and how many annotations cover no pixel.
+
+        Raises:
             DataError: annotations cannot be decoded; one line for each.
         """
         if self.mask is not None:
-            return self._mask_objects(self.mask)
+            return self._mask_objects(self.mask), 0
         found, problems = [], []
         for shape in self.shapes:
             try:
@@ -96,7 +104,7 @@ class Record:
                 found.append(item)
         if problems:
             raise DataError("\n".join(problems))
-        return found
+        return found, len(self.shapes) - len(found)
 
     def check_size(self, pixels: NDArray[np.generic]) -> None:
         """Refuse a picture [H, W, ...] of another size than the annotations mean.
@@ -314,7 +322,8 @@ def read_json(path: Path) -> Any:
     """
     content, finite = read_json_of_many(path)
     if not finite:
-        raise DataError(f"{one_line(path)}: {not_finite(content)}")
+        wrong = not_finite(content) or "holds NaN or Infinity, which JSON does not have"
+        raise DataError(f"{one_line(path)}: {wrong}")
     return content
 
 
@@ -330,9 +339,21 @@ def read_json_of_many(path: Path) -> tuple[Any, bool]:
         constants.append(name)
         return float(name)
 
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):  # Python would keep the last and lose the others
+            twice = next(key for key, count in Counter(k for k, _ in pairs).items() if count > 1)
+            raise DataError(f"{one_line(path)}: the key {twice!r} stands twice in one object")
+        return found
+
     data = _json_bytes(path)
     try:
-        return json.loads(data.decode("utf-8-sig"), parse_constant=constant), not constants
+        content = json.loads(
+            data.decode("utf-8-sig"), parse_constant=constant, object_pairs_hook=once
+        )
+        return content, not constants
+    except DataError:  # a ValueError too
+        raise
     except UnicodeDecodeError:
         raise DataError(f"{one_line(path)}: {_encoding(data)}") from None
     except RecursionError:

@@ -30,6 +30,7 @@ class Found(NamedTuple):
 
     kept: list[Object]
     small: list[Object]  # fewer pixels than --min_object_area: neither learned nor scored
+    nothing: int = 0  # annotations that cover no pixel, such as outlines in shares of the picture
 
 
 def objects_of(record: Record, cfg: Config) -> Found:
@@ -38,7 +39,7 @@ def objects_of(record: Record, cfg: Config) -> Found:
     Raises:
         DataError: a mask cannot be decoded.
     """
-    items = record.objects
+    items, nothing = record.decoded()
     rule = cfg.objects
     if rule == "auto":
         rule = "components" if record.merged else "annotations"
@@ -47,7 +48,7 @@ def objects_of(record: Record, cfg: Config) -> Found:
     elif rule == "union":
         items = union(items)
     kept = [item for item in items if item.area >= cfg.min_object_area]
-    return Found(kept, [item for item in items if item.area < cfg.min_object_area])
+    return Found(kept, [item for item in items if item.area < cfg.min_object_area], nothing)
 
 
 @dataclass
@@ -92,7 +93,10 @@ def look(record: Record, cfg: Config) -> dict[str, Any]:
         problems.append(str(error))
     if problems:
         raise DataError("\n".join(problems))
-    return {"objects": Counter(item.label for item in found.kept), "small": len(found.small)}
+    return {
+        "objects": Counter(item.label for item in found.kept),
+        "small": len(found.small) + found.nothing,
+    }
 
 
 def look_at(parts: Mapping[str, Sequence[Record]], cfg: Config) -> tuple[Surveyed, list[Bad]]:
@@ -101,7 +105,7 @@ def look_at(parts: Mapping[str, Sequence[Record]], cfg: Config) -> tuple[Surveye
     outcomes = validate(
         pairs,
         lambda pair: look(pair[1], cfg),
-        kind=f"sam2 record 1 {cfg.objects} {cfg.min_object_area} PIL {PIL.__version__}",
+        kind=f"sam2 record 3 {cfg.objects} {cfg.min_object_area} PIL {PIL.__version__}",
         root=Path(cfg.data_root),
         files=lambda pair: [path for path in (pair[1].image, pair[1].mask) if path],
         name=lambda pair: str(pair[1].image),

@@ -215,24 +215,15 @@ def ready(cfg: Config, run: Run | None) -> None:
         lambda: preflight.versions("sam2-lora", "lora-core[train,peft]", optional=("peft",)),
         preflight.torchvision,
     )
-    import torch
-
-    from lora_core.training.arguments import check_extra, choose_device, choose_precision
+    from lora_core.training.arguments import check_device
     from sam2_lora import model
-
-    def works_on_the_device() -> None:
-        elsewhere = cfg.dry_run and cfg.device != "cpu"  # it may be done where there is no GPU
-        device = torch.device("cuda") if elsewhere else choose_device(cfg.device)
-        if device.type == "cpu":  # to ask a GPU would wake it
-            choose_precision(cfg.precision, device)
-        check_extra(cfg.trainer, device, SHOWN)
 
     folders = {"--output_dir": run.folder if run else cfg.output_dir, "--logs_dir": cfg.logs_dir}
     if cfg.cache_dir:
         folders["--cache_dir"] = cfg.cache_dir
     preflight.check_all(
         *(partial(preflight.writable, path, setting) for setting, path in folders.items()),
-        works_on_the_device,
+        lambda: check_device(cfg.device, cfg.precision, cfg.trainer, SHOWN, cfg.dry_run),
         partial(model.glance, cfg),
     )
 
