@@ -3,10 +3,10 @@
 import json
 import os
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 from torch import nn
 
@@ -17,8 +17,9 @@ from lora_core.errors import CheckpointError
 from lora_core.injection import inject, lora_layers
 from lora_core.merging import merge
 from lora_core.testing import disturb
+from lora_core.testing.foreign import CONFIG, WEIGHTS, rewrite
+from lora_core.testing.no_device import no_device
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FORMS = ["adapter", "adapter.pt"]
 PLAIN = LoraConfig(["qkv", "proj"], r=3)
 
@@ -51,15 +52,6 @@ def saved(tmp_path):
         modules_to_save=["head"],
     )
     return save_adapter(trained(config), tmp_path / "adapter")
-
-
-def edit(path, change):
-    """Rewrite the tensors of a directory; our own facts go, as when PEFT saves again."""
-    tensors = safetensors.torch.load_file(path / WEIGHTS)
-    tensors = {key.removeprefix("base_model.model."): value for key, value in tensors.items()}
-    change(tensors)
-    prefixed = {f"base_model.model.{key}": value for key, value in tensors.items()}
-    safetensors.torch.save_file(prefixed, path / WEIGHTS)
 
 
 def state(model):
@@ -139,7 +131,7 @@ WRONG_TENSORS = {
 @pytest.mark.parametrize("fault", WRONG_TENSORS)
 def test_tensors_that_do_not_fit_are_refused_by_name(saved, fault):
     change, parts = WRONG_TENSORS[fault]
-    edit(saved, change)
+    rewrite(saved, lambda _, tensors: change(tensors))
     refused(saved, *parts)
 
 
@@ -150,7 +142,7 @@ def test_all_problems_are_reported_together(saved):
             if key.endswith("lora_A.weight"):
                 tensors[key] = torch.ones(5, 8)
 
-    edit(saved, spoil)
+    rewrite(saved, lambda _, tensors: spoil(tensors))
     assert refused(saved).count("has shape (5, 8)") == 4
 
 
@@ -199,7 +191,7 @@ SETTINGS = {
 @pytest.mark.fault("K30")
 @pytest.mark.parametrize("fault", SETTINGS)
 def test_settings_that_cannot_be_are_refused(saved, fault):
-    edit(saved, lambda tensors: None)
+    rewrite(saved, lambda config, tensors: None)
     change, parts = SETTINGS[fault]
     config = {
         k: v
@@ -319,8 +311,8 @@ def test_missing_paths_name_what_is_there(saved):
     refused(saved.parent / "adaptor.pt", "does not exist")
     refused(saved.parent / "adaptor", "does not exist", "did you mean 'adapter'")
     refused(saved.parent, "is no adapter", "adapter")
+    rewrite(saved, lambda config, tensors: None)
     (saved / CONFIG).unlink()
-    edit(saved, lambda tensors: None)
     refused(saved, "adapter_config.json is missing")
 
 
@@ -350,23 +342,6 @@ def test_loading_over_merged_adapters_is_refused(saved):
 
 
 # -- in both forms ---------------------------------------------------------------------------------
-
-
-def tampered(path, change):
-    """Change (config, tensors) of either form as another program would have written them."""
-    if path.is_dir():
-        tensors = safetensors.torch.load_file(path / WEIGHTS)
-        tensors = {k.removeprefix("base_model.model."): t for k, t in tensors.items()}
-        config = json.loads((path / CONFIG).read_text())
-        change(config, tensors)
-        (path / CONFIG).write_text(json.dumps(config))
-        tensors = {f"base_model.model.{k}": t.contiguous() for k, t in tensors.items()}
-        safetensors.torch.save_file(tensors, path / WEIGHTS)
-        return
-    content = torch.load(path, weights_only=True)
-    config = {k: v for k, v in content["config"].items() if k != "lora_core"}
-    change(config, content["tensors"])
-    torch.save(content | {"config": config}, path)
 
 
 def renamed(config, tensors):
@@ -417,7 +392,7 @@ TAMPERED = {
 def test_an_adapter_that_does_not_fit_is_refused_in_both_forms(tmp_path, form, fault):
     path = save_adapter(trained(PLAIN), tmp_path / form)
     change, parts = TAMPERED[fault]
-    tampered(path, change)
+    rewrite(path, change)
     refused(path, *parts)
 
 
@@ -431,7 +406,7 @@ def test_on_request_an_incomplete_adapter_is_used_as_far_as_it_goes(tmp_path, fo
         del tensors["blocks.1.qkv.lora_A.weight"], tensors["blocks.1.qkv.lora_B.weight"]
         tensors["extra.lora_A.weight"] = torch.ones(3, 8)
 
-    tampered(path, change)
+    rewrite(path, change)
     refused(path, "blocks.1.qkv: its tensors are missing", "extra: no such", "allow_partial")
     model, whole = Net(), lora_layers(trained(PLAIN))
     with pytest.warns(UserWarning, match=r"in part, on 2 layers(.|\n)*blocks\.1\.proj\.lora_A"):
@@ -448,7 +423,7 @@ def test_on_request_an_incomplete_adapter_is_used_as_far_as_it_goes(tmp_path, fo
 def test_what_is_wrong_is_never_used_in_part(tmp_path, fault):
     path = save_adapter(trained(PLAIN), tmp_path / "a.pt")
     change, parts = TAMPERED[fault]
-    tampered(path, change)
+    rewrite(path, change)
     refused(path, *parts, allow_partial=True)
 
 
@@ -457,7 +432,7 @@ def test_what_is_wrong_is_never_used_in_part(tmp_path, fault):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_adapters_in_any_precision_load_and_train_in_fp32(tmp_path, form, dtype):
     path = save_adapter(trained(PLAIN), tmp_path / form)
-    tampered(path, lambda _, tensors: tensors.update({k: t.to(dtype) for k, t in tensors.items()}))
+    rewrite(path, lambda _, tensors: tensors.update({k: t.to(dtype) for k, t in tensors.items()}))
     model = Net()
     load_adapter(model, path)
     for key, layer in lora_layers(model).items():
@@ -474,15 +449,21 @@ def test_adapters_in_any_precision_load_and_train_in_fp32(tmp_path, form, dtype)
 
 
 @pytest.mark.fault("H35", "H14")
-def test_what_a_strangers_configuration_points_to_is_not_opened(tmp_path):
+def test_what_a_strangers_configuration_points_to_is_not_opened(tmp_path, monkeypatch):
     path = save_adapter(trained(PLAIN), tmp_path / "adapter")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "canary.py").write_text("class Net: pass")
 
     def change(config, tensors):
         config["base_model_name_or_path"] = "http://localhost:1/model"
-        config["auto_mapping"] = {"base_model_class": "os.system", "parent_library": "os"}
+        config["auto_mapping"] = {"base_model_class": "Net", "parent_library": "canary"}
 
-    tampered(path, change)
-    load_adapter(Net(), path)
+    rewrite(path, change)
+    model = Net()
+    with no_device(weights=True):  # nor the network
+        load_adapter(model, path)
+    assert lora_layers(model)
+    assert "canary" not in sys.modules
 
 
 @pytest.mark.fault("H35")

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from tiny_blocks import FORMS, PLAIN, Net, X, trained
 from torch import distributed, nn
 
 from lora_core.adapters import origin as adapter_origin
@@ -12,27 +13,6 @@ from lora_core.adapters.file import load_adapter, read_adapter, save_adapter
 from lora_core.config import LoraConfig
 from lora_core.injection import inject, lora_layers
 from lora_core.merging import merge, unmerge
-from lora_core.testing import disturb
-
-FORMS = ["adapter", "adapter.pt"]
-PLAIN = LoraConfig(["qkv", "proj"], r=3)
-X = torch.linspace(-1, 1, 16).reshape(2, 8)
-
-
-class Net(nn.Module):
-    def __init__(self):
-        torch.manual_seed(0)
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict({"qkv": nn.Linear(8, 24), "proj": nn.Linear(8, 8)}) for _ in range(2)
-        )
-
-
-def trained(config):
-    model = Net()
-    inject(model, config)
-    disturb(model)
-    return model
 
 
 def contents(path):

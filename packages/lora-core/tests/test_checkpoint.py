@@ -440,7 +440,8 @@ def test_a_manifest_that_makes_no_sense_is_refused(one, changes):
 
 @pytest.mark.fault("H38", "H02")
 def test_a_checkpoint_is_data_only(one):
-    for path in one.rglob("*.*"):
+    files = [path for path in one.rglob("*") if path.is_file()]
+    for path in files:
         content = path.read_bytes()
         if path.suffix == ".json":
             json.loads(content, parse_constant=pytest.fail)
@@ -448,6 +449,7 @@ def test_a_checkpoint_is_data_only(one):
             assert content[8:9] == b"{"
         else:
             assert path.name == "weights.bin"  # what this test's `fill` wrote
+    assert {path.suffix for path in files} == {".json", ".safetensors", ".bin"}
 
 
 @pytest.mark.fault("H38")
@@ -522,6 +524,7 @@ def test_nothing_is_deleted_that_is_not_ours(tmp_path, capsys):
     for path in (fake, gone):
         path.mkdir()
         (path / "data").write_text("x")
+    (outside / ".lora-core").touch()  # even with the mark of ours
     linked.symlink_to(outside)
     before = {*tmp_path.rglob("*")} - {*(folder / "checkpoint-1").rglob("*")}
     checkpoint.prune(folder, 1, ())

@@ -18,6 +18,7 @@ from lora_core.adapters.file import read_adapter, save_adapter
 from lora_core.checkpoint.state import pack
 from lora_core.config import LoraConfig
 from lora_core.errors import CheckpointError
+from lora_core.guards import Guards
 from lora_core.injection import inject
 from lora_core.tensor_file import atomic_write, remove_partial
 from lora_core.testing.kill_points import kill_points, operations
@@ -42,6 +43,8 @@ def fill_with(value):
         (folder / "adapter").mkdir()
         with atomic_write(folder / "adapter" / "weights") as file:
             file.write(bytes([value]) * 100)
+        (folder / "adapter" / "more").mkdir()
+        (folder / "adapter" / "more" / "plain").write_text("x")  # nobody has flushed its folder
         (folder / "trainer_state.json").write_text("{}")
 
     return fill
@@ -193,7 +196,9 @@ def test_everything_is_flushed_before_it_gets_its_name(tmp_path):
         assert any(("fsync", name) in done[last_write:named] for name in names), path
     last = max(i for i in range(named) if kinds[i] == "write")
     assert done[last][1] == f"{new}/manifest.json"
-    assert all(("fsync", path) in done[:named] for path in (new, f"{new}/adapter"))
+    assert all(
+        ("fsync", path) in done[:named] for path in (new, f"{new}/adapter", f"{new}/adapter/more")
+    )
     flushed = done.index(("fsync", str(tmp_path)), named)
     gone = done.index(("rename", str(tmp_path / "checkpoint-1")))
     assert named < flushed < gone  # the new one is safe before an old one goes
@@ -206,7 +211,7 @@ def test_everything_is_flushed_before_it_gets_its_name(tmp_path):
 @pytest.mark.fault("K01", "K08")
 def test_a_training_killed_anywhere_in_a_save_resumes_to_the_same_bits(fast):
     """The save of step 10 of a real run, with its log, adapter, best and pruning."""
-    settings = {"steps": 12, "save_adapter": None, "trainer": {"save_total_limit": 1}}
+    settings = {"steps": 12, "save_adapter": None, "guards": Guards(keep_last=1)}
     whole = train(fast / "whole", **settings)
     run, again, kept = fast / "run", fast / "again", fast / "kept"
     made = trainer(run, **settings)

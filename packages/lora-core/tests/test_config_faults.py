@@ -46,7 +46,9 @@ from lora_core.training.arguments import training_arguments as arguments
 
 REPOSITORY = Path(__file__).parents[3]
 WORKFLOWS = REPOSITORY / ".github" / "workflows"
-needs_repository = pytest.mark.skipif(not WORKFLOWS.is_dir(), reason="no repository around")
+needs_repository = pytest.mark.skipif(
+    not WORKFLOWS.is_dir(), reason="needs the repository around the package"
+)
 CPU = torch.device("cpu")
 
 

@@ -18,6 +18,7 @@ from lora_core import checkpoint
 from lora_core.adapters.file import read_adapter
 from lora_core.config import LoraConfig
 from lora_core.errors import CheckpointError, DataError
+from lora_core.guards import Guards
 from lora_core.injection import inject
 from lora_core.report import RunLog
 from lora_core.testing.processes import run
@@ -93,7 +94,6 @@ def trainer(folder, world, size=48, data=None, loss=loss, measure=evaluate, **se
         "eval_steps": 5,
         "seed": 3,
         "device": "cpu",
-        "trainer": {"save_total_limit": 99},
     }
     return LoraTrainer(
         network(),
@@ -104,6 +104,7 @@ def trainer(folder, world, size=48, data=None, loss=loss, measure=evaluate, **se
         measure,
         log=RunLog(folder, Path(folder) / "log.csv", COLUMNS, tensorboard=False),
         save_adapter=Path.mkdir,
+        guards=Guards(keep_last=99),
         **own,
     )
 
@@ -196,7 +197,7 @@ def test_batches_with_unequal_numbers_of_items_count_by_item(tmp_path):
 @pytest.mark.fault("K12", "K47", "K56")
 def test_a_run_continues_on_another_number_of_processes(tmp_path, capsys):
     """1 -> 2 and 2 -> 1, in the middle of an epoch, with the same samples per update."""
-    saves = {"trainer": {"save_steps": 3, "save_total_limit": 99}}
+    saves = {"trainer": {"save_steps": 3}}
 
     def start(rank):
         train(tmp_path / "two", 2, size=45, **saves)
@@ -463,15 +464,14 @@ def deep_trainer(folder, world, sharded=False, dtype=torch.float32, **settings):
     defaults |= {"eval_steps": 4, "seed": 3, "device": "cpu"}
     return LoraTrainer(
         model,
-        training_arguments(
-            folder, **defaults | settings, trainer={"save_total_limit": 99, "save_steps": 4}
-        ),
+        training_arguments(folder, **defaults | settings, trainer={"save_steps": 4}),
         Points(45),
         collate,
         loss,
         evaluate,
         log=RunLog(folder, Path(folder) / "log.csv", COLUMNS, tensorboard=False),
         sharded=model.blocks if sharded else (),
+        guards=Guards(keep_last=99),
     )
 
 

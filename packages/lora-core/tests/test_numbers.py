@@ -397,7 +397,7 @@ def test_a_scaler_that_only_halves_ends_with_advice(tmp_path):
 
 @pytest.mark.fault("R01", "R03", "K17")
 def test_an_overflow_is_the_scalers_business_and_is_resumed_exactly(tmp_path):
-    settings = {"measure": None, "trainer": {"save_steps": 2, "save_total_limit": 99}, "steps": 8}
+    settings = {"measure": None, "trainer": {"save_steps": 2}, "steps": 8}
     made = with_scaler(tmp_path, 1024.0, loss=poisoned("gradient", math.inf, {6}), **settings)
     made.train()
     assert made.dropped == []

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from golden_models import Convs, Fused, Mlp, Wrapped
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,56 +20,6 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 pytestmark = pytest.mark.filterwarnings("ignore:a rank above:UserWarning")  # the Conv3d case
 
 
-class Mlp(nn.Module):
-    def __init__(self, dim, hidden, depth, out):
-        super().__init__()
-        self.blocks = nn.ModuleList()
-        for _ in range(depth):
-            block = nn.Module()
-            block.fc1, block.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim, bias=False)
-            self.blocks.append(block)
-        self.head = nn.Linear(dim, out)
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = x + block.fc2(F.gelu(block.fc1(x)))
-        return self.head(x)
-
-
-class Convs(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.c3 = nn.Conv2d(6, 10, 3, stride=2, padding=1)
-        self.c1 = nn.Conv2d(10, 8, 1, bias=False)
-        self.t = nn.Conv1d(8, 8, 3, padding=1)
-        self.v = nn.Conv3d(1, 3, 3, padding=1)
-
-    def forward(self, x):
-        u = self.c1(torch.relu(self.c3(x)))
-        return self.v(self.t(u.flatten(2)).reshape(x.shape[0], 1, *u.shape[1:]))
-
-
-class Fused(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.qkv, self.proj = nn.Linear(24, 72), nn.Linear(24, 24)
-
-    def forward(self, x):
-        qkv = self.qkv(x)
-        return torch.cat([qkv, self.proj(qkv[..., 48:])], -1)
-
-
-class One(nn.Module):
-    def __init__(self, name, layer):
-        super().__init__()
-        self.name = name
-        self.add_module(name, layer)
-
-    def forward(self, *args, **kwargs):
-        y = getattr(self, self.name)(*args, **kwargs)
-        return y[0] if isinstance(y, tuple) else y
-
-
 def recorded_model(case):
     """The base of a recorded case, and its inputs."""
     golden = load_golden(GOLDENS / case)
@@ -76,18 +27,18 @@ def recorded_model(case):
     mlp = {key: c.get(key) for key in ("dim", "hidden", "depth", "out")}
     make = {
         "conv": Convs,
-        "conv_dora": lambda: One("c3", nn.Conv2d(6, 10, 3, padding=1)),
-        "embedding": lambda: One("emb", nn.Embedding(50, 24, 0)),
-        "encoder_layer": lambda: One(
+        "conv_dora": lambda: Wrapped("c3", nn.Conv2d(6, 10, 3, padding=1)),
+        "embedding": lambda: Wrapped("emb", nn.Embedding(50, 24, 0)),
+        "encoder_layer": lambda: Wrapped(
             "layer",
             nn.TransformerEncoderLayer(16, 4, 32, 0.0, activation="gelu", batch_first=True),
         ),
-        "fused_qkv": Fused,
-        "mha": lambda: One("attn", nn.MultiheadAttention(16, 4, batch_first=True)),
+        "fused_qkv": lambda: Fused(24, (24, 24, 24)),
+        "mha": lambda: Wrapped("attn", nn.MultiheadAttention(16, 4, batch_first=True)),
         "mlp_patterns": lambda: Mlp(**mlp),
         "multi_adapter": lambda: Mlp(**mlp),
         "train_adamw": lambda: Mlp(**mlp),
-    }.get(case, lambda: One("lin", nn.Linear(24, 40, bias=c.get("bias", True))))
+    }.get(case, lambda: Wrapped("lin", nn.Linear(24, 40, bias=c.get("bias", True))))
     model = make()
     model.load_state_dict(golden.weights)
     return golden, model.eval()
@@ -146,7 +97,7 @@ def test_slices_expanded_by_us_are_the_recorded_expansion(tmp_path):
     config = json.loads((tmp_path / CONFIG).read_text())
     assert (config["r"], config["lora_alpha"]) == (6, 12)
     (tmp_path / WEIGHTS).write_bytes((GOLDENS / "fused_qkv" / "adapter" / WEIGHTS).read_bytes())
-    plain = Fused()
+    plain = Fused(24, (24, 24, 24))
     plain.load_state_dict(golden.weights)
     load_adapter(plain, tmp_path)  # without our facts the expansion stays a plain adapter
     assert lora_layers(plain)["qkv"].lora_adapters["default"].slices is None

@@ -2,12 +2,10 @@
 
 import errno
 import os
-import resource
 import shutil
-import subprocess
-import sys
 from collections import defaultdict
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,10 +27,11 @@ from lora_core.errors import CheckpointError, UserError
 from lora_core.guards import Guards
 from lora_core.report import RunLog
 from lora_core.testing import processes
+from lora_core.testing.refusals import files_limited_to, no_space_left
 from lora_core.training import resume_check
 from lora_core.training.schedule import EpochSampler, lr_factor
 
-EVERY = {"trainer": {"save_steps": 1, "save_total_limit": 99}}
+EVERY = {"trainer": {"save_steps": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +110,7 @@ def test_samples_come_in_the_same_order_and_each_once_an_epoch(every, tmp_path):
         per_epoch[epoch].append(index)
     for epoch in range(3):
         assert sorted(per_epoch[epoch]) == list(range(50))
+    assert per_epoch[0] != per_epoch[1] != per_epoch[2], "each epoch has an order of its own"
     for step, samples in ((3, 24), (7, 50), (16, 116)):
         assert seen_by(tmp_path / str(step), step) == whole[samples:]
 
@@ -217,7 +217,7 @@ def test_tensorboard_and_csv_have_every_step_once_after_resumes(tmp_path):
             raise KeyError("as if killed")
         return loss(model, batch)
 
-    settings = {"log_steps": 2, "trainer": {"save_steps": 5, "save_total_limit": 99}}
+    settings = {"log_steps": 2, "trainer": {"save_steps": 5}}
     train(tmp_path / "a", log=False, **settings | {"own": {"log": log(tmp_path / "a")}})
     made = trainer(
         tmp_path / "b", log=False, loss=dies, **settings | {"own": {"log": log(tmp_path / "b")}}
@@ -233,6 +233,22 @@ def test_tensorboard_and_csv_have_every_step_once_after_resumes(tmp_path):
     whole = scalars(tmp_path / "a")
     assert whole["train/loss"]
     assert scalars(tmp_path / "b") == whole
+
+
+@pytest.mark.fault("K49", "K15")
+def test_rows_after_the_checkpoint_are_those_of_the_resumed_run(every, tmp_path):
+    """The run had logged further than it had saved, and goes on with another learning rate."""
+    shutil.copytree(every[0] / "checkpoint-10", tmp_path / "checkpoint-10")
+    shutil.copy(every[0] / "log.csv", tmp_path)  # up to step 23
+    train(tmp_path, resume=True, learning_rate=1e-3, **EVERY)
+    before, after = rows(every[0], "train"), rows(tmp_path, "train")
+    assert [row["step"] for row in after] == [row["step"] for row in before]
+    for old, new in zip(before, after, strict=True):
+        if int(old["step"]) <= 10:
+            assert new == old
+        else:
+            assert float(new["lr"]) == pytest.approx(float(old["lr"]) / 10)
+            assert new["loss"] != old["loss"]
 
 
 @pytest.mark.fault("K49")
@@ -322,7 +338,7 @@ def described(settings=SETTINGS, base="a" * 32, data="d" * 32):
 @pytest.fixture(scope="module")
 def stated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stated")
-    train(folder, steps=4, trainer={"save_steps": 2, "save_total_limit": 9}, **described())
+    train(folder, steps=4, trainer={"save_steps": 2}, **described())
     return folder
 
 
@@ -576,45 +592,43 @@ def test_memory_that_runs_out_outside_of_a_step_names_the_phase(tmp_path, phase,
 # -- saving that fails -----------------------------------------------------------------------------
 
 
-def fill(path):
-    """Write until nothing more fits on the disk."""
-    with suppress(OSError), open(path, "wb", buffering=0) as file:
+@contextmanager
+def filled(folder):
+    """Nothing more fits on the disk."""
+    with suppress(OSError), open(folder / "filler", "wb", buffering=0) as file:
         while file.write(bytes(4096)):
             pass
+    yield
+    (folder / "filler").unlink()
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MB, where this process may make one."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m,mode=0700", "tmpfs", str(place)]
-    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("needs the right to mount a file system")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+@pytest.fixture(params=["flush", "disk"])
+def disk(request, tmp_path):
+    """A folder, and what fills its disk: as the flush of a file has it, or a small one for good."""
+    if request.param == "flush":
+        return tmp_path, no_space_left
+    folder = request.getfixturevalue("small_disk")
+    return folder, partial(filled, folder)
 
 
 @pytest.mark.fault("R35", "K49")
 def test_a_log_without_room_is_survived_without_a_gap(every, tmp_path, capsys):
     """The limit lets a part of the row through, as a disk that becomes full in the middle of it."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = ExitStack()
 
     def fills(step):
         if step == 5:
             room = (tmp_path / "log.csv").stat().st_size + 10
-            resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+            limit.enter_context(files_limited_to(room))
 
     def frees(model, batch):
         if made.state.global_step == 9:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            limit.close()
         return loss(model, batch)
 
     made = trainer(tmp_path, on_latest=fills, loss=frees)
-    try:
+    with limit:
         made.train()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert_same_bits(every[1].network, made.network)
     assert rows(tmp_path) == rows(every[0])  # what could not be written came with the next row
     out = capsys.readouterr().out
@@ -623,29 +637,28 @@ def test_a_log_without_room_is_survived_without_a_gap(every, tmp_path, capsys):
 
 
 @pytest.mark.fault("K02")
-def test_a_full_disk_is_a_warning_and_the_next_save_tries_again(
-    every, small_disk, tmp_path, capsys
-):
+def test_a_full_disk_is_a_warning_and_the_next_save_tries_again(every, disk, capsys):
+    folder, filled = disk
+    full, seen = ExitStack(), []
+
     def fills(step):
         if step == 5:
-            fill(small_disk / "filler")
-
-    made = trainer(small_disk, log=False, on_latest=fills)
-    freed = []
+            full.enter_context(filled())
 
     def frees(model, batch):
-        if made.state.global_step == 12 and (small_disk / "filler").exists():
-            (small_disk / "filler").unlink()
-            freed.append(checkpoint.steps(small_disk))
+        if made.state.global_step == 12 and not seen:
+            seen.append(checkpoint.steps(folder))
+            full.close()
         return loss(model, batch)
 
-    made.model.loss = frees
-    made.train()
-    assert freed == [[5]]  # that of step 10 could not be written
+    made = trainer(folder, log=False, on_latest=fills, loss=frees)
+    with full:
+        made.train()
+    assert seen == [[5]]  # that of step 10 could not be written
     assert_same_bits(every[1].network, made.network)
-    assert checkpoint.latest(small_disk).name == "checkpoint-23"
-    assert 15 in checkpoint.steps(small_disk)
-    assert not list(small_disk.glob(".checkpoint*"))
+    assert checkpoint.latest(folder).name == "checkpoint-23"
+    assert 15 in checkpoint.steps(folder)
+    assert not list(folder.glob(".checkpoint*"))
     out = capsys.readouterr().out
     assert out.count("warning: saving at step 10 failed") == 1
     assert "No space left on device" in out
@@ -654,19 +667,21 @@ def test_a_full_disk_is_a_warning_and_the_next_save_tries_again(
 
 
 @pytest.mark.fault("K02")
-def test_a_disk_that_is_still_full_at_the_end_is_an_error(small_disk, capsys):
-    def fills(step):
-        fill(small_disk / f"filler{step}")
-
-    made = trainer(small_disk, log=False, on_latest=fills, resume_with="go on")
-    assert errors.run(lambda argv: made.train() and None, []) == 2
+def test_a_disk_that_is_still_full_at_the_end_is_an_error(disk, capsys):
+    folder, filled = disk
+    with ExitStack() as full:
+        made = trainer(
+            folder, log=False, resume_with="go on",
+            on_latest=lambda step: full.enter_context(filled()),
+        )  # fmt: skip
+        assert errors.run(lambda argv: made.train() and None, []) == 2
     text = capsys.readouterr().err
     assert "error: saving at step 23 failed" in text
     assert "No space left on device" in text
     assert "The checkpoint of step 5 is as it was; make room" in text
     assert "continue with: go on" in text
     assert "Traceback" not in text
-    assert checkpoint.latest(small_disk).name == "checkpoint-5"
+    assert checkpoint.latest(folder).name == "checkpoint-5"
 
 
 @pytest.mark.fault("K02", "K18")

@@ -29,6 +29,7 @@ from tiny_training import (
 )
 
 from lora_core import checkpoint, errors
+from lora_core.guards import Guards
 from lora_core.training.signals import Interrupted, Signals, Stopped, stops_command
 
 SIGNALS = ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"]
@@ -457,7 +458,7 @@ def test_saves_that_take_longer_than_their_interval_wait_for_each_other(tmp_path
 
     made = trainer(
         tmp_path, model=network(), on_latest=slow, steps=5, measure=None,
-        trainer={"save_steps": 1, "save_total_limit": 2},
+        trainer={"save_steps": 1}, guards=Guards(keep_last=2),
     )  # fmt: skip
     made.train()
     assert [step for step, _ in times] == [1, 2, 3, 4, 5]

@@ -1,11 +1,9 @@
-"""Tiny trainings, seconds together. Run as a script, this file is one rank of torchrun's test."""
+"""Tiny trainings, seconds together."""
 
 import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -28,7 +26,9 @@ from transformers import TrainingArguments
 from lora_core import checkpoint
 from lora_core.config import LoraConfig
 from lora_core.errors import CheckpointError, ConfigError, DataError, NumericError
+from lora_core.guards import Guards
 from lora_core.injection import inject
+from lora_core.testing import processes
 from lora_core.trainer import choose_device, choose_precision, training_arguments
 from lora_core.training.arguments import REFUSED, SET_BY_US
 from lora_core.training.schedule import FLOOR, EpochSampler, lr_factor
@@ -127,12 +127,12 @@ def test_all_wrong_trainer_settings_are_reported_together(tmp_path):
 
 
 def test_every_other_field_of_training_arguments_is_passed_on(tmp_path):
-    passed = {"adam_beta1": 0.8, "run_name": "7", "ddp_timeout": 60.0, "save_total_limit": 5}
+    passed = {"adam_beta1": 0.8, "run_name": "7", "ddp_timeout": 60.0}
     args = training_arguments(
         tmp_path, learning_rate=1e-3, steps=30, warmup_steps=100, device="cpu", trainer=passed
     )
     assert (args.adam_beta1, args.run_name, args.ddp_timeout) == (0.8, "7", 60)
-    assert (args.save_total_limit, args.max_steps, args.warmup_steps) == (5, 30, 3)
+    assert (args.max_steps, args.warmup_steps) == (30, 3)
     assert args.report_to == []
 
 
@@ -376,7 +376,7 @@ def test_old_checkpoints_go_but_not_the_best_nor_those_that_others_need(tmp_path
         measure=scripted([0, 0.1, 0.9, 0.2, 0.3, 0.4]),
         steps=25,
         referenced=lambda: {5},
-        trainer={"save_total_limit": 1},
+        guards=Guards(keep_last=1),
     )
     assert checkpoint.steps(run) == [5, 10, 25]
     assert elsewhere.is_dir()
@@ -421,7 +421,7 @@ def test_the_adapter_of_a_checkpoint_loads_into_a_plain_model(tmp_path):
 )
 def test_resume_is_bit_equal_to_the_run_without_interruption(tmp_path, step, workers):
     """7 updates per epoch: inside an epoch, at its border, and inside a log window."""
-    saves = {"save_steps": 7 if step % 7 == 0 else 5, "save_total_limit": 99}
+    saves = {"save_steps": 7 if step % 7 == 0 else 5}
     first = train(tmp_path / "a", trainer=saves)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     again = train(
@@ -446,13 +446,13 @@ def test_resuming_again_and_again_inside_one_epoch_is_bit_equal(tmp_path, whole)
 
         return on_latest
 
-    saves = {"save_steps": 1, "save_total_limit": 2}
+    saves = {"trainer": {"save_steps": 1}, "guards": Guards(keep_last=2)}
     for step in (2, 3, 5, 6, 17):
-        made = trainer(tmp_path, on_latest=dies_at(step), trainer=saves)
+        made = trainer(tmp_path, on_latest=dies_at(step), **saves)
         with pytest.raises(Stop):
             made.train(step > 2)
         assert checkpoint.latest(tmp_path).name == f"checkpoint-{step}"
-    made = trainer(tmp_path, trainer=saves)
+    made = trainer(tmp_path, **saves)
     made.train(True)
     folder, first = whole
     assert_same_bits(first.network, made.network)
@@ -637,10 +637,8 @@ def distributed_run(folder, batch_size):
 
 
 def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "2", __file__, str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    ended = processes.run(lambda rank: distributed_run(tmp_path / "two", 4))
+    assert [process.status for process in ended] == [0, 0], ended
     distributed_run(tmp_path / "one", 8)
 
     def weights(name, rank):
@@ -656,14 +654,8 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
     assert facts("two", 0) == facts("two", 1)
     assert facts("two", 0)["processes"] == 2
     assert set(facts("two", 0)["told"]) == {0, 1, 2}
-    assert done.stdout.count("before training") == 1
+    assert ["before training" in process.output for process in ended] == [True, False]
     for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         assert (one["step"], one["split"]) == (two["step"], two["split"])
         if one["loss"]:
             assert float(one["loss"]) == pytest.approx(float(two["loss"]), rel=1e-6)
-
-
-if __name__ == "__main__":
-    distributed_run(sys.argv[1], 4)
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads can outlive the group and then abort the interpreter's teardown

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from lora_core.config import LoraConfig
+from lora_core.guards import Guards
 from lora_core.injection import inject
 from lora_core.report import RunLog
 from lora_core.trainer import LoraTrainer, training_arguments
@@ -89,11 +90,11 @@ def trainer(folder, model=None, data=None, measure=evaluate, loss=loss, log=True
         "eval_steps": 5,
         "seed": 3,
         "device": "cpu",
-        "trainer": {"save_total_limit": 99},
     }
     if log:
         own["log"] = RunLog(folder, Path(folder) / "log.csv", COLUMNS, tensorboard=False)
     own.setdefault("save_adapter", Path.mkdir)
+    own.setdefault("guards", Guards(keep_last=99))
     return LoraTrainer(
         network() if model is None else model,
         training_arguments(folder, **defaults | settings),

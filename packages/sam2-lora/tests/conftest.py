@@ -28,6 +28,7 @@ import torch  # noqa: E402
 from small_run import command, write_coco  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from lora_core.testing import refusals  # noqa: E402
 from lora_core.testing.no_device import no_device  # noqa: E402
 from sam2_lora import train  # noqa: E402
 
@@ -280,3 +281,10 @@ def open_folder() -> Iterator[Path]:
     folder.chmod(0o755)
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KB."""
+    with refusals.small_disk(tmp_path / "disk", 2**16) as place:
+        yield place

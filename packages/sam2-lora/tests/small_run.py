@@ -1,4 +1,4 @@
-"""A run of seconds on pictures with hostile names, and processes without rights.
+"""A run of seconds on pictures with hostile names, and packages that only seem to be installed.
 
 Not a test: `conftest.py` puts this folder on the path.
 """
@@ -6,9 +6,6 @@ Not a test: `conftest.py` puts this folder on the path.
 from __future__ import annotations
 
 import json
-import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -68,38 +65,6 @@ def command(data: Path, output: Path, **given: object) -> list[str]:
         **given,
     }
     return [word for name, value in words.items() for word in (f"--{name}", str(value))]
-
-
-def in_child(work: Callable[[], int]) -> tuple[int, str]:
-    """Exit status and stderr of `work` in a child of this process."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            os.dup2(writer, 2)
-            sys.stderr = os.fdopen(2, "w", closefd=False)
-            status = work()
-            sys.stderr.flush()
-        finally:
-            os._exit(status)
-    os.close(writer)
-    with os.fdopen(reader) as pipe:
-        text = pipe.read()
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text
-
-
-def as_nobody(work: Callable[[], int]) -> tuple[int, str]:
-    """As `in_child`, as a user without rights, which root's tests have to become first."""
-
-    def weak() -> int:
-        if os.geteuid() == 0:
-            os.setgroups([])
-            os.setgid(65534)
-            os.setuid(65534)
-        return work()
-
-    return in_child(weak)
 
 
 def install(folder: Path, name: str, version: str, needs: list[str], code: str = "") -> Path:

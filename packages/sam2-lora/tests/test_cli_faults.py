@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_run import as_nobody, command
+from small_run import command
 
 from lora_core.errors import ConfigError
 from lora_core.testing.no_device import no_device
+from lora_core.testing.refusals import as_nobody
 from sam2_lora.__main__ import COMMANDS
 from sam2_lora.__main__ import main as sam2_lora
 from sam2_lora.train import main, settings
@@ -257,7 +258,7 @@ def test_a_precision_or_device_that_is_not_here_is_refused_with_one_that_works(
 
 
 @pytest.mark.fault("C36")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_cuda_where_there_is_none_is_refused_at_once(
     refuse: Refuse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,7 +270,7 @@ def test_cuda_where_there_is_none_is_refused_at_once(
 
 
 @pytest.mark.fault("C36")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 @pytest.mark.filterwarnings("default::UserWarning")
 def test_hidden_gpus_mean_the_cpu_and_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lora_core.testing import corrupt
+from lora_core.testing.foreign import WEIGHTS, rewrite
 from sam2_lora import __main__ as program
 from sam2_lora import model as m
 from sam2_lora import names, official, placement
@@ -25,7 +26,6 @@ from sam2_lora.config import Config
 
 ADAPTERS = ["adapter", "adapter.torch", "adapter.pth", "adapter.pt"]
 COMMANDS = ["merge", "predict", "evaluate", "train"]
-WEIGHTS = "adapter_model.safetensors"
 Refused = Callable[..., str]
 Words = Callable[..., list[str]]
 
@@ -218,23 +218,6 @@ def test_a_flipped_bit_in_an_adapter_is_refused_by_every_command(
     refused(command, "SHA-256" if name == "adapter" else "checksum", adapter=name)
 
 
-def tampered(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], object]) -> None:
-    """Change (config, tensors) as another program would have written them, PEFT's or an old one."""
-    if path.is_dir():
-        tensors = safetensors.torch.load_file(path / WEIGHTS)
-        tensors = {k.removeprefix("base_model.model."): t for k, t in tensors.items()}
-        config = json.loads((path / "adapter_config.json").read_text())
-        change(config, tensors)
-        (path / "adapter_config.json").write_text(json.dumps(config))
-        tensors = {f"base_model.model.{k}": t.contiguous() for k, t in tensors.items()}
-        safetensors.torch.save_file(tensors, path / WEIGHTS)
-        return
-    content = torch.load(path, weights_only=True)
-    config = {k: v for k, v in content["config"].items() if k != "lora_core"}
-    change(config, content["tensors"])
-    torch.save(content | {"config": config}, path)
-
-
 def first(tensors: dict[str, Tensor], part: str = "lora_A") -> str:
     return next(key for key in sorted(tensors) if part in key)
 
@@ -273,7 +256,7 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(
     work: Path, refused: Refused, fault: str, name: str
 ) -> None:
     change, parts = FAULTS[fault]
-    tampered(work / name, change)
+    rewrite(work / name, change)
     refused("merge", name, *parts, adapter=name)
 
 
@@ -284,7 +267,7 @@ def test_no_command_goes_on_without_its_adapter(
     work: Path, refused: Refused, command: str, fault: str
 ) -> None:
     change, parts = FAULTS[fault]
-    tampered(work / "adapter.torch", change)
+    rewrite(work / "adapter.torch", change)
     refused(command, "adapter.torch", *parts, adapter="adapter.torch")
 
 
@@ -301,7 +284,7 @@ def test_on_request_the_layers_that_fit_are_used(
     capsys: pytest.CaptureFixture[str],
     words: Words,
 ) -> None:
-    tampered(work / name, lambda _, t: t.pop(first(t)))
+    rewrite(work / name, lambda _, t: t.pop(first(t)))
     refused(command, "--allow_partial", adapter=name)
     flags = [*words(command, "base.safetensors", name), "--allow_partial", "true"]
     assert program.main(flags) == 0
@@ -327,7 +310,7 @@ def test_where_an_adapter_has_lost_its_record_another_base_is_not_noticed_but_it
     work: Path, adapted: Any, masks: Any
 ) -> None:
     """What PEFT saves again has no record: it loads, and gives the same masks."""
-    tampered(work / "adapter", lambda config, tensors: None)
+    rewrite(work / "adapter", lambda config, tensors: None)
     network = m.load("base.safetensors", adapter="adapter")
     torch.testing.assert_close(masks(network), masks(adapted(work / "base.safetensors")))
 
@@ -349,7 +332,7 @@ def test_adapters_in_any_precision_work(
     adapted: Any,
     masks: Any,
 ) -> None:
-    tampered(work / name, lambda _, t: t.update({k: v.to(dtype) for k, v in t.items()}))
+    rewrite(work / name, lambda _, t: t.update({k: v.to(dtype) for k, v in t.items()}))
     assert program.main(words("predict", "base.safetensors", name)) == 0
     found = masks(m.load("base.safetensors", adapter=name))
     expected = masks(adapted(work / "base.safetensors"))

@@ -11,6 +11,7 @@ import pty
 import struct
 import subprocess
 import sys
+import sysconfig
 import termios
 import warnings
 from collections.abc import Callable
@@ -196,9 +197,8 @@ def test_the_package_runs_no_text_and_no_shell() -> None:
 def test_modules_in_the_working_directory_are_not_imported(
     settings_file: Callable[..., str], tmp_path: Path
 ) -> None:
-    script = Path(sys.executable).parent / "sam2-lora"
-    if not script.is_file():
-        pytest.skip("the package is not installed")
+    script = Path(sysconfig.get_path("scripts")) / "sam2-lora"
+    assert script.is_file(), "the tests need the package installed: pip install -e"
     canary = tmp_path / "canary"
     for name in ("yaml", "torch", "numpy", "jsonargparse", "lora_core", "sam2_lora", "json",
                  "sitecustomize", "usercustomize", "sam2_lora_plugin", "conftest"):  # fmt: skip

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_run import as_nobody, command, install
+from small_run import command, install
 
 from lora_core.errors import ConfigError
 from lora_core.testing.no_device import no_device
+from lora_core.testing.refusals import as_nobody, files_limited_to
 from sam2_lora import demo
 from sam2_lora.__main__ import main as sam2_lora
 from sam2_lora.artifacts import new_run
@@ -26,6 +27,7 @@ from sam2_lora.config import Config
 from sam2_lora.train import main
 
 Refuse = Callable[..., str]
+Capture = pytest.CaptureFixture[str]
 PACKAGE = Path(__file__).parent.parent
 SECRET = "hf_canary0123456789"
 
@@ -188,6 +190,42 @@ def test_optimiser_settings_that_torch_refuses_are_faults_of_the_user(
     assert "Traceback" not in message
 
 
+@pytest.mark.fault("C40", "C04")
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--trainer.optim", "stable_adamw"], "--trainer.optim"),
+        (["--trainer.optim", "galore_adamw"], "--trainer.optim"),
+        (["--trainer.log_level", "nonsense"], "--trainer.log_level"),
+        (["--trainer.torch_compile_backend", "nonsense"], "--trainer.torch_compile_backend"),
+        (["--trainer.save_total_limit", "9"], "keep_last"),
+    ],
+)
+def test_settings_of_the_trainer_that_cannot_work_here_are_no_fault_of_ours(
+    refuse: Refuse, words: list[str], expected: str
+) -> None:
+    """An optimiser that is not installed, a name that is none, a limit that has no effect."""
+    assert expected in refuse(*words)
+
+
+@pytest.mark.fault("R29", "C17")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ACCELERATE_MIXED_PRECISION", "bf16"),
+        ("ACCELERATE_DYNAMO_BACKEND", "EAGER"),
+        ("ACCELERATE_USE_DEEPSPEED", "true"),
+        ("ACCELERATE_USE_FSDP", "true"),
+    ],
+)
+def test_what_a_launcher_sets_beside_the_command_is_refused(
+    refuse: Refuse, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    """`accelerate launch` hands its settings over in the environment, where nobody sees them."""
+    monkeypatch.setenv(name, value)
+    assert name in refuse()
+
+
 # -- folders ---------------------------------------------------------------------------------------
 
 
@@ -238,28 +276,31 @@ def test_a_folder_without_the_right_to_write_is_refused_at_the_start(
         assert "Traceback" not in message
 
 
-@pytest.mark.fault("C24", "R37")
-def test_a_full_disk_is_refused_at_the_start(
-    open_folder: Path, coco_pictures: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    disk = open_folder / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(disk)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("only root can make a small disk")
-    try:
-        with pytest.raises(OSError, match="No space"):
-            (disk / "filling").write_bytes(bytes(200_000))
-        with no_device():
-            assert main(command(coco_pictures, disk / "models")) == 2
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
+def assert_refused_for_room(output: Path, reason: str, data: Path, capsys: Capture) -> None:
+    with no_device():
+        assert main(command(data, output)) == 2
     message = capsys.readouterr().err
-    assert f"--output_dir {disk}/models: cannot write in {disk}: No space left" in message
+    assert f"--output_dir {output}: cannot write in {output.parent}: {reason}" in message
     assert "Make room" in message
     assert "Traceback" not in message
+
+
+@pytest.mark.fault("C24", "R37")
+def test_a_full_disk_is_refused_at_the_start(
+    small_disk: Path, coco_pictures: Path, capsys: Capture
+) -> None:
+    with pytest.raises(OSError, match="No space"):
+        (small_disk / "filling").write_bytes(bytes(200_000))
+    assert_refused_for_room(small_disk / "models", "No space left", coco_pictures, capsys)
+
+
+@pytest.mark.fault("C24", "R37")
+def test_a_place_that_takes_no_byte_is_refused_at_the_start(
+    tmp_path: Path, coco_pictures: Path, capsys: Capture
+) -> None:
+    """As a full disk, without the right to make one."""
+    with files_limited_to(0):
+        assert_refused_for_room(tmp_path / "models", "File too large", coco_pictures, capsys)
 
 
 @pytest.mark.fault("C23", "C24", "K50")
@@ -349,12 +390,15 @@ def test_every_command_refuses_an_output_that_cannot_be_made_before_it_works(
         "demo": ["--steps", "1", "--output"],
     }
     (tmp_path / "file").write_text("x")
-    for place in (tmp_path / "file" / "x" / "y", tmp_path / ("n" * 256) / "x"):
+    for place, reason in (
+        (tmp_path / "file" / "x" / "y", "is not a folder: choose another"),
+        (tmp_path / ("n" * 256) / "x", "at most 255 bytes"),
+    ):
         with no_device():
             assert sam2_lora([verb, *words[verb], str(place)]) == 2
         message = capsys.readouterr().err
         assert message.startswith(f"error: {words[verb][-1]} {tmp_path}"), message
-        assert "is not a folder: choose another" in message or "at most 255 bytes" in message
+        assert reason in message
 
 
 @pytest.mark.fault("H42")

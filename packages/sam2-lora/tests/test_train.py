@@ -421,10 +421,12 @@ def test_a_lone_adapter_cannot_be_resumed_but_can_be_continued(
 
 
 def test_a_run_continues_from_its_last_step_only(finished: Path) -> None:
-    for path in sorted(run_folder(finished).glob("*.torch")):
-        if path.name.startswith("latest_"):
-            assert find_run(str(path)).folder == run_folder(finished)
-            continue
+    folder = run_folder(finished)
+    (latest,) = folder.glob("latest_*.torch")
+    assert find_run(str(latest)).folder == folder
+    others = set(folder.glob("*.torch")) - {latest}
+    assert {path.name.partition("_")[0] for path in others} == {"best", "final"}
+    for path in others:
         with pytest.raises(CheckpointError, match=r"latest_lora_step file.*--adapter"):
             find_run(str(path))
     with pytest.raises(CheckpointError, match="no such file or folder"):
@@ -489,10 +491,13 @@ def test_the_legacy_loss_trains_where_most_pictures_hold_nothing(
     assert "--loss legacy trains on the 1 pictures with objects" in capsys.readouterr().out
 
 
-def test_without_validation_the_last_step_is_exported(pictures: Path, tmp_path: Path) -> None:
+def test_without_a_val_folder_a_part_validates_and_the_best_is_exported(
+    pictures: Path, tmp_path: Path
+) -> None:
     shutil.copytree(pictures / "train", tmp_path / "data" / "train")
     argv = command(tmp_path / "data", tmp_path / "out", steps=2, val_fraction=0.2)
     assert main(argv) == 0  # split by name: one picture of five validates
+    assert [row["step"] for row in rows(tmp_path / "out") if row["split"] == "val"] == ["0", "2"]
     assert list(run_folder(tmp_path / "out").glob("best_merged_*.torch"))
 
 

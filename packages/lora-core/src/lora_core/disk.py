@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ def checkpoint_bytes(network: nn.Module) -> int:
 def free_space(folder: str | Path) -> int:
     """Free bytes where a folder is, or will be made."""
     place = Path(folder).absolute()
-    while not place.exists():
+    while not os.path.exists(place):  # Path.exists raises where it may not look
         place = place.parent
     return shutil.disk_usage(place).free
 
@@ -65,5 +66,6 @@ def folder_bytes(folder: str | Path) -> int:
     total = 0
     for place, _, names in os.walk(folder):
         for name in names:
-            total += os.lstat(os.path.join(place, name)).st_size
+            with suppress(FileNotFoundError):  # another process deletes its temporary files
+                total += os.lstat(os.path.join(place, name)).st_size
     return total

@@ -159,10 +159,8 @@ def merged_state_dict(
     own = own_state(model)
     result = dict(own if base is None else base)
     in_result = rename if rename and base is not None else str
-    kept = [
-        clean(key) for key in _trained_in_full(model, layers)
-    ]  # values that training may change again
-    changed = {in_result(key): own[key].clone() for key in kept}
+    full = [clean(key) for key in _trained_in_full(model, layers)]
+    changed = {in_result(key): own[key].clone() for key in full}  # training may change them again
     keys_by_weight = keys_of_weights(model)
     for key, tensor in changed.items():
         if not tensor.isfinite().all():

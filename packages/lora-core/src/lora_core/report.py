@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_core.errors import ConfigError
+from lora_core.errors import ConfigError, one_line
 
 _bar: Progress | None = None  # the bar that is on the screen, if any
 
@@ -72,7 +72,7 @@ def duration(seconds: float) -> str:
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Set `rows` in columns under `header`; columns of numbers are aligned to the right."""
     rows = [list(row) for row in rows]
-    texts = [[figure(value) for value in row] for row in rows]
+    texts = [[one_line(figure(value)) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *texts, strict=True)]
     numeric = [
         bool(rows) and all(isinstance(row[i], (int, float)) for row in rows)

@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import errno
 import json
-import mmap
 import os
-import pickletools
 import re
 import secrets
 import stat
-import struct
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,11 +22,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from lora_core import torch_archive
 from lora_core.errors import CheckpointError, near
 from lora_core.run_lock import flock
 
-HEADER_LIMIT = 100_000_000  # bytes, as the safetensors library has it
-PICKLE_LIMIT = 100_000_000  # bytes of a refused pickle that are searched for names
+HEADER_LIMIT = 25_000_000  # bytes: 200,000 tensors. Parsed, it takes thirty times as much memory
+NAME_LIMIT = 1000  # characters of a tensor's name, which messages repeat
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.tmp", re.ASCII)
 DEPTH_LIMIT = 100  # of containers inside each other
 
@@ -137,7 +134,7 @@ def open_checkpoint(path: str | Path, max_bytes: int | None = None) -> Iterator[
 
     Raises:
         CheckpointError: it is missing, no regular file, empty, too large, or what a failed download
-            leaves behind.
+            leaves behind; or reading it fails, in the block too.
     """
     path = Path(path)
     try:
@@ -147,22 +144,34 @@ def open_checkpoint(path: str | Path, max_bytes: int | None = None) -> Iterator[
             raise CheckpointError(f"{path.absolute()} is {what}, expected a file")
         file = open(path, "rb")  # noqa: SIM115 - closed below, after the block of the caller
     except FileNotFoundError:
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        if path.is_symlink():
+            to = os.readlink(path)
+            raise CheckpointError(f"{path.absolute()} is a link to {to}, which is gone") from None
+        siblings: list[str] = []
+        with suppress(OSError):  # there may be no such folder, or none that we may list
+            siblings = os.listdir(path.parent)
         hint = near(path.name, siblings)
         raise CheckpointError(f"{path.absolute()} does not exist{hint and '; ' + hint}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"cannot read {path.absolute()}: {reason}") from error
+        raise _unreadable(path, error) from error
     with file:
-        _refuse_what_it_is_not(path, file.read(512).lstrip().lower())
-        size = os.fstat(file.fileno()).st_size
-        if max_bytes is not None and size > max_bytes:
-            raise CheckpointError(
-                f"{path} has {size:,} bytes, where at most {max_bytes:,} can be right: it is "
-                "another file, or damaged"
-            )
-        file.seek(0)
-        yield file
+        try:
+            _refuse_what_it_is_not(path, file.read(512).lstrip().lower())
+            size = os.fstat(file.fileno()).st_size
+            if max_bytes is not None and size > max_bytes:
+                raise CheckpointError(
+                    f"{path} has {size:,} bytes, where at most {max_bytes:,} can be right: it is "
+                    "another file, or damaged"
+                )
+            file.seek(0)
+            yield file
+        except OSError as error:  # the disk or the network, here or in the block of the caller
+            raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    reason = getattr(error, "strerror", None) or error
+    return CheckpointError(f"cannot read {path.absolute()}: {reason}")
 
 
 def _refuse_what_it_is_not(path: Path, start: bytes) -> None:
@@ -190,15 +199,16 @@ def read_safetensors(
         CheckpointError: the file is missing, damaged, or no safetensors file.
     """
     with open_checkpoint(path, max_bytes) as file:
-        if device == "meta":
-            data: Any = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        else:
-            data = file.read()
-    try:
-        header = _header(data)
-        tensors = _without_values(path) if device == "meta" else safetensors.torch.load(data)
-    except (ValueError, KeyError, RecursionError, safetensors.SafetensorError) as error:
-        raise _damaged(path, "safetensors", _first_line(error)) from error
+        try:
+            header = _header(file)
+            file.seek(0)
+            tensors = (
+                _without_values(path) if device == "meta" else safetensors.torch.load(file.read())
+            )
+        except KeyError as error:
+            raise _damaged(path, "safetensors", f"dtype {error} is unknown to torch") from error
+        except (ValueError, RecursionError, safetensors.SafetensorError) as error:
+            raise _damaged(path, "safetensors", _first_line(error)) from error
     metadata = header.get("__metadata__", {})
     return tensors, {str(key): str(value) for key, value in metadata.items()}
 
@@ -215,25 +225,27 @@ def _damaged(path: str | Path, kind: str, reason: str) -> CheckpointError:
     )
 
 
-def _header(data: bytes) -> dict[str, Any]:
+def _header(file: BinaryIO) -> dict[str, Any]:
     """The header of a safetensors file.
 
     Raises:
         ValueError: it is cut off, or says what the library takes and we do not: a name twice, a
-            name with control characters or `..`.
+            name with control characters or `..`, a shape beyond any tensor.
     """
-    size = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or size > HEADER_LIMIT or data[8:9] != b"{":
+    length = os.fstat(file.fileno()).st_size - 8  # of all behind the header's size
+    start = file.read(9)
+    size = int.from_bytes(start[:8], "little")
+    if not 1 < size <= HEADER_LIMIT or start[8:] != b"{":
         raise ValueError("it does not begin as one")
-    if size > len(data) - 8:
-        raise ValueError(f"cut off: the header alone has {size} bytes, the file {len(data)}")
+    if size > length:
+        raise ValueError(f"cut off: the header alone has {size} bytes, the file {length + 8}")
     try:
-        header = json.loads(data[8 : 8 + size], object_pairs_hook=_no_twins)
+        header = json.loads(start[8:] + file.read(size - 1), object_pairs_hook=_no_twins)
     except json.JSONDecodeError:
         raise ValueError("its header is no JSON") from None
     if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
         raise ValueError("its header is no dictionary")
-    _check_spans({k: v for k, v in header.items() if k != "__metadata__"}, len(data) - 8 - size)
+    _check_spans({k: v for k, v in header.items() if k != "__metadata__"}, length - size)
     return header
 
 
@@ -241,11 +253,14 @@ def _check_spans(entries: Mapping[str, Any], length: int) -> None:
     """Whether the tensors lie one behind the other and fill the `length` bytes of data."""
     spans = []
     for name, entry in entries.items():
-        if not name.isprintable() or ".." in name:
+        if not name.isprintable() or ".." in name or len(name) > NAME_LIMIT:
             raise ValueError(f"unfit name {name[:80]!r}")
         span = entry.get("data_offsets") if isinstance(entry, dict) else None
         if not isinstance(span, list) or [type(n) for n in span] != [int, int]:
             raise ValueError(f"no place is given for {name[:80]!r}")
+        shape = entry.get("shape")
+        if not isinstance(shape, list) or any(type(n) is not int or n >> 63 for n in shape):
+            raise ValueError(f"no possible shape is given for {name[:80]!r}")
         spans.append((*span, name))
     end = 0
     for start, stop, name in sorted(spans):
@@ -279,63 +294,21 @@ def read_torch(path: str | Path, max_bytes: int | None = None, device: str = "cp
     """
     with open_checkpoint(path, max_bytes) as file:
         size = os.fstat(file.fileno()).st_size
-        if reason := _no_torch_file(file, size, values=device != "meta"):
+        if reason := torch_archive.fault(file, size, values=device != "meta"):
             raise _damaged(path, "torch", reason)
         file.seek(0)
         content = _load(file, path, device)
-    for name, tensor in _tensors(path, content):
+    for way, tensor in _tensors(path, content):
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != device:
-            raise CheckpointError(f"{path}: {name} is no ordinary dense tensor")
+            raise CheckpointError(
+                f"{path}: {_spelled(way)} is no ordinary dense tensor: save it as one"
+            )
         if tensor.numel() * tensor.element_size() > size:
             raise CheckpointError(
-                f"{path}: {name} claims the shape {tuple(tensor.shape)}, more than the file holds"
+                f"{path}: {_spelled(way)} claims the shape {tuple(tensor.shape)}, more than the "
+                "file holds: it is damaged or was made to deceive"
             )
     return content
-
-
-def _no_torch_file(file: BinaryIO, size: int, values: bool) -> str:
-    """Why this cannot be what `torch.save` wrote; "" where it may be.
-
-    torch would inflate compressed members, so that a small file could fill the memory, and does not
-    look at the checksums.
-    """
-    start = file.read(512)
-    if start[257:262] == b"ustar":
-        return "a tar archive, as torch wrote before 2017"
-    if not start.startswith(b"PK\x03\x04"):
-        return "" if start.startswith(b"\x80") else "it does not begin as one"
-    try:
-        with zipfile.ZipFile(file) as archive:
-            wrong = _wrong_parts(archive.infolist(), size)
-            return wrong or (_damaged_part(archive) if values else "")
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, struct.error):
-        return "cut off, or damaged at its end"
-
-
-def _wrong_parts(parts: list[zipfile.ZipInfo], size: int) -> str:
-    names = [part.filename.partition("/")[2] for part in parts]
-    if "data.pkl" not in names or len(set(names)) < len(names):
-        return "a zip archive of something else"
-    if "constants.pkl" in names:
-        return "a TorchScript program, not a state dict"
-    if any(part.compress_type != zipfile.ZIP_STORED or part.flag_bits & 1 for part in parts):
-        return "compressed or encrypted, which torch.save never does"
-    if sum(part.file_size for part in parts) > size:
-        return "its parts claim more bytes than the file has"
-    return ""
-
-
-def _damaged_part(archive: zipfile.ZipFile) -> str:
-    for part in archive.infolist():
-        if not part.CRC:  # torch writes 0 where it was told not to compute checksums
-            continue
-        try:
-            with archive.open(part) as content:
-                while content.read(1 << 20):
-                    pass
-        except (zipfile.BadZipFile, EOFError):
-            return f"the checksum of its part {part.filename[:80]} is wrong"
-    return ""
 
 
 def _load(file: BinaryIO, path: str | Path, device: str) -> Any:
@@ -344,8 +317,11 @@ def _load(file: BinaryIO, path: str | Path, device: str) -> Any:
             warnings.simplefilter("ignore")
             return torch.load(file, map_location=device, weights_only=True)
     except Exception as error:  # damaged or hostile bytes raise whatever they like
+        if torch_archive.of_disk(error):
+            raise
         named = re.search(r"(?:GLOBAL|global) ([^\s()]+)", str(error))
-        unsafe = dict.fromkeys([named[1]] if named else []) | dict.fromkeys(_foreign(file))
+        unsafe = dict.fromkeys([named[1]] if named else [])
+        unsafe |= dict.fromkeys(torch_archive.foreign(file))
         if unsafe:
             classes = ", ".join(name[:80] for name in list(unsafe)[:5])
             raise CheckpointError(
@@ -356,49 +332,35 @@ def _load(file: BinaryIO, path: str | Path, device: str) -> Any:
         raise _damaged(path, "torch", "its content cannot be read") from error
 
 
-def _foreign(file: BinaryIO) -> list[str]:
-    """Classes beyond torch's that a pickle names, found without running it."""
-    found: list[str] = []
-    words: list[str] = []
-    with suppress(Exception):  # it ends where the damage begins
-        for operation, value, _ in pickletools.genops(_pickle(file)):
-            if operation.name in ("GLOBAL", "INST"):
-                found.append(str(value).replace(" ", "."))
-            elif operation.name == "STACK_GLOBAL":
-                found.append(".".join(words[-2:]))
-            elif isinstance(value, str):
-                words.append(value)
-    return [name for name in found if not name.startswith(("torch.", "collections.OrderedDict"))]
-
-
-def _pickle(file: BinaryIO) -> bytes:
-    """The pickle of what `torch.save` wrote; the first of several in its older format."""
-    file.seek(0)
-    if file.read(4) == b"PK\x03\x04":
-        with zipfile.ZipFile(file) as archive:
-            names = archive.namelist()
-            return archive.read(next(n for n in names if n.partition("/")[2] == "data.pkl"))
-    file.seek(0)
-    return file.read(PICKLE_LIMIT)
-
-
-def _tensors(path: str | Path, content: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in nested dictionaries, lists and tuples, with the way to it.
+def _tensors(path: str | Path, content: Any) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+    """Every tensor in nested dictionaries, lists and tuples, with the keys that lead to it.
 
     A container that occurs again is not entered again: it may hold itself.
     """
     entered: set[int] = set()
-    stack: list[tuple[Any, str, int]] = [(content, "content", 0)]
-    while stack:
-        value, name, depth = stack.pop()
+
+    def below(value: Any, way: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+        getattr(value, "__dict__", {}).clear()  # what a pickle sets there may hide a method
         if isinstance(value, Tensor):
-            yield name, value
-        elif isinstance(value, Mapping | list | tuple) and id(value) not in entered:
+            yield way, value
+        elif id(value) not in entered:
             entered.add(id(value))
-            if depth > DEPTH_LIMIT:
+            if len(way) > DEPTH_LIMIT:
                 raise CheckpointError(f"{path} is nested too deeply, over {DEPTH_LIMIT} levels")
-            entries = value.items() if isinstance(value, Mapping) else enumerate(value)
-            stack += [(child, f"{name}[{key!r}]", depth + 1) for key, child in entries]
+            for key, child in value.items() if isinstance(value, Mapping) else enumerate(value):
+                if isinstance(child, Tensor | Mapping | list | tuple):
+                    yield from below(child, (*way, key))
+
+    if isinstance(content, Tensor | Mapping | list | tuple):
+        yield from below(content, ())
+
+
+def _spelled(way: tuple[Any, ...]) -> str:
+    """`content['a'][0]`; a key of another kind, which may have any length, as its type."""
+    keys = [
+        f"{key!r:.82}" if isinstance(key, str | int) else f"<{type(key).__name__}>" for key in way
+    ]
+    return "content" + "".join(f"[{key}]" for key in keys)
 
 
 def _first_line(error: Exception) -> str:

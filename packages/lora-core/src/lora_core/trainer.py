@@ -97,8 +97,7 @@ class LoraTrainer(Trainer):
         count: `batch -> items` that the loss of a batch is the mean over; None: its samples.
         sharded: blocks whose frozen parameters are divided among the processes, see
             `lora_core.training.sharding`; after `train` they are whole.
-        guards: what is done when something is wrong; its `keep_last` goes before the arguments'
-            `save_total_limit`.
+        guards: what is done when something is wrong, and how many checkpoints are kept.
         settings: the run's, by name, as plain values; they go into every checkpoint, and a resumed
             run must have the same, but for those in `may_change`.
         fingerprints: of what settings only point to: "base" weights, "data".
@@ -153,7 +152,6 @@ class LoraTrainer(Trainer):
         self.measure, self.referenced, self.b_lr_ratio = evaluate, referenced, b_lr_ratio
         self.write_adapter = save_adapter or self._write_adapter
         self.guards = guards or Guards()
-        self.keep_last = guards.keep_last if guards else max(args.save_total_limit or 1, 1)
         self.settings, self.may_change = plain(dict(settings or {})), may_change  # no secrets
         self.fingerprints, self.resume_with = dict(fingerprints or {}), resume_with
         self.advice = advice or Advice()

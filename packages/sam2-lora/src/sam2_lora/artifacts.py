@@ -18,7 +18,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +72,9 @@ def new_run(cfg: Config, size: str) -> Run:
         say(f"an unfinished run has the same settings; to continue it: --resume {earlier}")
     start = f"sam2_{size}_lora_r{cfg.lora_rank}_a{cfg.lora_alpha:g}_lr{plain(cfg.learning_rate)}"
     now = datetime.now().strftime("%Y%m%d_%H%M")
-    for attempt in count(1):
+    attempt = 0
+    while True:
+        attempt += 1
         stamp = now if attempt == 1 else f"{now}_{attempt}"  # two runs within one minute
         run = Run(Path(cfg.output_dir) / f"{start}_{stamp}", stamp)
         try:
@@ -94,7 +95,6 @@ def new_run(cfg: Config, size: str) -> Run:
             raise ConfigError(f"--output_dir {run.folder.absolute()}: {error.strerror}") from error
         dump(cfg, run.config)
         return run
-    raise AssertionError("unreachable")
 
 
 def unfinished(cfg: Config) -> Path | None:
@@ -206,6 +206,8 @@ class Artifacts:
 
     def summary(self, **values: Any) -> None:
         """Write `training_summary.json`: the guide's fields, and what is given here."""
+        from lora_core.tensor_file import atomic_write
+
         cfg = self.cfg
         content = {
             "model_size": self.model.sam2_base.variant,
@@ -223,8 +225,6 @@ class Artifacts:
             "note": "IoU is the mean over objects from one click, at original resolution.",
             **values,
         }
-        from lora_core.tensor_file import atomic_write
-
         with atomic_write(self.run.summary) as file:
             file.write(json.dumps(content, indent=2).encode())
 

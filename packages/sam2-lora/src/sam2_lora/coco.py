@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_core.errors import DataError, one_line
+from lora_core.settings.types import shown
 from sam2_lora.encodings import ring_of
 from sam2_lora.masks import Size
 from sam2_lora.records import (
@@ -20,6 +21,7 @@ from sam2_lora.records import (
     Record,
     Shape,
     inside,
+    is_label,
     is_whole,
     key_of,
     not_finite,
@@ -47,7 +49,7 @@ def find_coco(root: Path, splits: dict[str, tuple[str, ...]]) -> dict[str, CocoF
         splits: split -> names under which it is known.
 
     Raises:
-        DataError: several files, and no telling which is which.
+        DataError: several files, and no telling which is which, or what one of them is for.
     """
     found = {
         split: CocoFile(root / name / ROBOFLOW, (root / name,))
@@ -68,6 +70,11 @@ def find_coco(root: Path, splits: dict[str, tuple[str, ...]]) -> dict[str, CocoF
             )
         folders = (root / folder, root / "images" / folder, root / "images", root)
         found[split] = CocoFile(path, folders if folder else folders[2:])
+    if {"train", "all"} <= found.keys():
+        raise DataError(
+            f"{found['all'].path.absolute()}: the name says no split, beside that of "
+            f"{found['train'].path.name}: name it instances_val.json, or move it elsewhere"
+        )
     return found
 
 
@@ -122,10 +129,10 @@ def _owner(annotation: Any, pictures: dict[object, Picture]) -> str:
 def _find_doubled_ids(items: list[Any], what: str, path: Path, reading: Reading) -> None:
     """Report ids that stand twice: which of the two is meant elsewhere cannot be known."""
     ids = [item["id"] for item in items if isinstance(item, dict) and _is_id(item.get("id"))]
-    twice = [repr(identity) for identity, count in Counter(ids).items() if count > 1]
+    twice = [shown(identity) for identity, count in Counter(ids).items() if count > 1]
     if twice:
-        shown = ", ".join(twice[:20]) + (f" and {len(twice) - 20} more" if twice[20:] else "")
-        reading.problems.append(f"{one_line(path)}: {what} ids that stand twice: {shown}")
+        names = ", ".join(twice[:20]) + (f" and {len(twice) - 20} more" if twice[20:] else "")
+        reading.problems.append(f"{one_line(path)}: {what} ids that stand twice: {names}")
 
 
 def _is_id(value: object) -> bool:
@@ -142,7 +149,7 @@ def _list(content: dict[str, Any], name: str, path: Path) -> list[Any]:
 def _name(item: Any, number: int) -> str:
     """How a record is called in messages: its id, or its place in the list."""
     known = isinstance(item, dict) and _is_id(item.get("id"))
-    return repr(item["id"]) if known else f"number {number + 1} (without id)"
+    return shown(item["id"]) if known else f"number {number + 1} (without id)"
 
 
 def _categories(items: Any, path: Path) -> dict[object, str]:
@@ -155,8 +162,12 @@ def _categories(items: Any, path: Path) -> dict[object, str]:
         if not isinstance(item, dict) or not _is_id(item.get("id")):
             raise DataError(f"{one_line(path)}: category number {number + 1} has no id")
         if item["id"] in names:
-            raise DataError(f"{one_line(path)}: the category id {item['id']!r} stands twice")
-        names[item["id"]] = str(item.get("name", item["id"]))
+            raise DataError(f"{one_line(path)}: the category id {shown(item['id'])} stands twice")
+        name = item.get("name", item["id"])
+        if not is_whole(name) and not is_label(name):
+            where = f"{one_line(path)}: category {shown(item['id'])}"
+            raise DataError(f"{where}: name {shown(name)}, expected text")
+        names[item["id"]] = str(name)
     return names
 
 
@@ -183,14 +194,14 @@ def _pictures(
                 raise DataError("expected an object with id and file_name")
             identity = _renamed(item).get("id")
             if not _is_id(identity):
-                raise DataError(f"its id is {identity!r}, expected a whole number or text")
+                raise DataError(f"its id is {shown(identity)}, expected a whole number or text")
             found[identity] = Picture(where, file.path, None)
             if not finite and (wrong := not_finite(item)):
                 raise DataError(wrong)
             path = inside(folder, item.get("file_name"), reading)
             if path in paths:
                 reading.problems.append(
-                    f"{where}: {one_line(path.name)} is image {paths[path]!r} already"
+                    f"{where}: {one_line(path.name)} is image {shown(paths[path])} already"
                 )
                 continue
             paths[path] = identity
@@ -228,8 +239,8 @@ def _declared(item: dict[str, Any]) -> Size | None:
     height, width = item.get("height"), item.get("width")
     if height is None and width is None:
         return None
-    if type(height) is not int or type(width) is not int:
-        raise DataError(f"height {height!r}, width {width!r}: expected whole numbers")
+    if not is_whole(height) or not is_whole(width):
+        raise DataError(f"height {shown(height)}, width {shown(width)}: expected whole numbers")
     return height, width
 
 
@@ -246,7 +257,7 @@ def _add(
         raise DataError("expected an object")
     image, category = item.get("image_id"), item.get("category_id")
     if not _is_id(image) or image not in pictures:
-        raise DataError(f"image_id {image!r} is not among the images")
+        raise DataError(f"image_id {shown(image)} is not among the images")
     size = pictures[image].size
     if size is None:
         return  # the picture itself is reported
@@ -257,8 +268,11 @@ def _add(
     elif _is_id(category) and category in categories:
         label = categories[category]
     else:
-        raise DataError(f"category_id {category!r} is not among the categories")
-    if item.get("iscrowd") == 1:
+        raise DataError(f"category_id {shown(category)} is not among the categories")
+    crowd = item.get("iscrowd")
+    if crowd not in (None, 0, 1):
+        raise DataError(f"iscrowd {shown(crowd)}, expected 0 or 1")
+    if crowd:
         reading.notes["crowd annotations left out"] += 1
         return
     shapes[image].append(_shape(item.get("segmentation"), size, label, where))
@@ -274,7 +288,7 @@ def _shape(segmentation: Any, size: Size, label: str, where: str) -> Shape:
         stated, counts = segmentation.get("size"), segmentation.get("counts")
         if stated != list(size):
             swapped = "; height and width are swapped" if stated == [size[1], size[0]] else ""
-            raise DataError(f"run lengths: size {stated!r}, expected {list(size)}{swapped}")
+            raise DataError(f"run lengths: size {shown(stated)}, expected {list(size)}{swapped}")
         if not isinstance(counts, str | list):
             raise DataError("run lengths: counts are missing")
         return Shape("counts", counts, label, where)

@@ -33,9 +33,8 @@ from sam2_lora.prompts import Mask, box_of, jittered, random_pixel
 from sam2_lora.records import Reading, Record
 from sam2_lora.survey import (
     Counts,
-    Facts,
-    Found,
     Parts,
+    Surveyed,
     counted,
     file_length,
     identity,
@@ -99,7 +98,8 @@ class TrainSet(Dataset[Sample]):
         flip = self.cfg.hflip and bool(rng.random() < 0.5)
         found = retried(lambda: objects_of(record, self.cfg))
         if flip:
-            found = Found(*([item.mirrored() for item in group] for group in found))
+            kept, small = ([item.mirrored() for item in group] for group in found[:2])
+            found = found._replace(kept=kept, small=small)
         chosen = found.kept
         if len(chosen) > self.cfg.max_objects:
             numbers = rng.choice(len(chosen), self.cfg.max_objects, replace=False)
@@ -119,7 +119,7 @@ class TrainSet(Dataset[Sample]):
     def _inputs(self, record: Record, flip: bool) -> dict[str, Tensor]:
         if self.features is not None:
             return self.features(record)
-        rgb = retried(lambda: read_image(record.image))
+        rgb = retried(lambda: pixels_of(record))
         if flip:
             rgb = np.ascontiguousarray(rgb[:, ::-1])
         return {"pixel_values": preprocess(rgb, self.cfg.size)}
@@ -147,6 +147,17 @@ class TrainSet(Dataset[Sample]):
             pixels = [[_click(item, rng)] for item in chosen]
             xy = np.array(pixels, dtype=np.float32)
         return torch.from_numpy(to_model_points(xy, record.size, self.cfg.size)), None
+
+
+def pixels_of(record: Record) -> NDArray[np.uint8]:
+    """The picture, uint8 [H, W, 3], of the size that its annotations mean.
+
+    Raises:
+        DataError: it cannot be read, or was exchanged for one of another size.
+    """
+    rgb = read_image(record.image)
+    record.check_size(rgb)
+    return rgb
 
 
 def _box(item: Object) -> NDArray[np.float32]:
@@ -239,7 +250,7 @@ class EvalSet(Dataset[EvalRecord]):
     def __getitem__(self, index: int) -> EvalRecord:
         record = self.records[index]
         found = retried(lambda: objects_of(record, self.cfg))
-        rgb = retried(lambda: read_image(record.image))
+        rgb = retried(lambda: pixels_of(record))
         return EvalRecord(record.key, rgb, found.kept, found.small)
 
     def __iter__(self) -> Iterator[EvalRecord]:
@@ -314,7 +325,7 @@ def load(cfg: Config, share: Callable[[Callable[[], Any]], Any] = lambda make: m
     """
     here: list[tuple[Parts, Reading]] = []
 
-    def first() -> tuple[dict[str, Facts], list[Bad]]:
+    def first() -> tuple[Surveyed, list[Bad]]:
         parts, known, reading = read_parts(cfg, tuple(SPLITS))
         here.append((parts, reading))
         return settled(parts, known, cfg)
@@ -329,11 +340,11 @@ def load(cfg: Config, share: Callable[[Callable[[], Any]], Any] = lambda make: m
     notes = reading.said() + remarks(parts) + left_out(bad)
     if cfg.loss == "legacy":
         # Without an object score there is nothing to learn from a picture that holds no object.
-        parts["train"] = [record for record in parts["train"] if facts[record.key]["objects"]]
+        parts["train"] = [r for r in parts["train"] if facts["train", r.key]["objects"]]
         notes.append(f"--loss legacy trains on the {len(parts['train'])} pictures with objects")
     classes = sorted({label for part in counts.values() for label in part.objects})
     test = EvalSet(parts["test"], cfg) if "test" in parts else None
-    objects = [sum(facts[record.key]["objects"].values()) for record in parts["train"]]
+    objects = [sum(facts["train", r.key]["objects"].values()) for r in parts["train"]]
     train, val = TrainSet(parts["train"], cfg, objects), EvalSet(parts["val"], cfg)
     return Splits(train, val, test, tuple(classes), counts, tuple(notes), tuple(bad))
 

@@ -41,6 +41,17 @@ class Options:
         1, "Train so often, each time with another seed, and show the mean.", "training"
     )
 
+    def __post_init__(self) -> None:
+        wrong = [
+            f"--{name} is {getattr(self, name)}: it must be at least 1"
+            for name in ("steps", "batch_size", "seeds")
+            if getattr(self, name) < 1
+        ]
+        if not self.learning_rate > 0:
+            wrong.append(f"--learning_rate is {self.learning_rate}: it must be above 0")
+        if wrong:
+            raise ConfigError("\n".join(wrong))
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `sam2-lora demo` with these words; returns the exit code.

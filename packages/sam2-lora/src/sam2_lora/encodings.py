@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from lora_core.errors import DataError
 from sam2_lora.image import DAMAGED, TooLarge, open_bounded
@@ -182,6 +182,8 @@ def decode_bitmap(data: str, origin: tuple[int, int], size: Size, label: str = "
         raise
     except TooLarge as error:
         raise DataError(f"bitmap: {error}") from None
+    except UnidentifiedImageError:  # its text is an address in memory
+        raise DataError("bitmap: what is packed in it is no PNG") from None
     except (zlib.error, *DAMAGED) as error:
         raise DataError(f"bitmap: not base64 of zlib of a PNG: {error}") from None
 

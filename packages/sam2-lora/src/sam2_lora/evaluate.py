@@ -6,19 +6,15 @@ writes all figures to `<exp_id>.json`, and overlays of some pictures.
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from lora_core.config import option, parse
 from lora_core.errors import ConfigError, DataError
@@ -32,6 +28,8 @@ from sam2_lora.config import (
     Precision,
     parse_size,
 )
+from sam2_lora.evaluation_files import COLUMNS as COLUMNS
+from sam2_lora.evaluation_files import csv_rows, write
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,12 +38,6 @@ if TYPE_CHECKING:
     from sam2_lora.data import EvalRecord, EvalSet
     from sam2_lora.predictor import Predictor
 
-COLUMNS = (
-    "exp_id", "model", "subset_size", "variant", "prompt_type", "img_size", "batch_size", "steps",
-    "lr", "wd", "seed", "val_mIoU", "val_Dice", "test_mIoU", "test_Dice", "IoU@50", "IoU@75",
-    "IoU@90", "IoU@95", "Precision", "Recall", "F1", "AUPRC", "avg_inference_time", "ckpt_path",
-    "timestamp",
-)  # fmt: skip
 TABLE = {
     "iou": "IoU 1 click", "dice": "Dice", "box_iou": "IoU box", "click3_iou": "+3 clicks",
     "click5_iou": "+5 clicks", "iou_ge_50": ">=0.50", "iou_ge_75": ">=0.75", "iou_ge_90": ">=0.90",
@@ -268,95 +260,7 @@ def worse(figures: dict[str, dict[str, float]]) -> str:
     return f"warning: with the adapter the IoU is {loss:.4f} lower than the base's"
 
 
-# -- files ---------------------------------------------------------------------------------------
-
-
-def csv_rows(
-    predictor: Predictor, figures: dict[str, dict[str, float]], options: Options
-) -> list[dict[str, Any]]:
-    """One row per model, in the guide's columns, all from one click per object.
-
-    Rank, steps and learning rate are the adapter's own metadata. AUPRC stays empty: exact, it would
-    need the probabilities of all pixels of the data set in memory at once.
-    """
-    from sam2_lora.model import image_size
-
-    height, width = image_size(predictor.model)
-    made = adapter_facts(options.adapter)
-    rows = []
-    for name, values in figures.items():
-        lora = made if name == "lora" else {}
-        row: dict[str, Any] = dict.fromkeys(COLUMNS, "")
-        row |= {
-            "exp_id": options.name,
-            "model": Path(options.checkpoint).stem,
-            "subset_size": lora.get("dataset_size", ""),
-            "variant": f"lora_r{lora['r']}_a{lora['lora_alpha']:g}" if lora else name,
-            "prompt_type": "point",
-            "img_size": str(width) if height == width else f"{height}x{width}",
-            "batch_size": lora.get("batch_size", ""),
-            "steps": lora.get("step", ""),
-            "lr": lora.get("learning_rate", ""),
-            "wd": lora.get("weight_decay", ""),
-            "seed": lora.get("seed", ""),
-            f"{options.split}_mIoU": values["iou"],
-            f"{options.split}_Dice": values["dice"],
-            **{f"IoU@{level}": values[f"iou_ge_{level}"] for level in (50, 75, 90, 95)},
-            "Precision": values["precision"],
-            "Recall": values["recall"],
-            "F1": values["f1"],
-            "avg_inference_time": values["seconds_per_picture"],
-            "ckpt_path": options.adapter if name == "lora" else options.checkpoint,
-            "timestamp": datetime.now().strftime("%Y%m%d_%H%M%S"),
-        }
-        rows.append(row)
-    return rows
-
-
-def adapter_facts(path: str | None) -> dict[str, Any]:
-    """Configuration and metadata that an adapter carries, in one dictionary."""
-    if path is None:
-        return {}
-    from lora_core.adapters.file import read_adapter
-
-    file = read_adapter(Path(path))
-    return {**file.metadata, **file.config}
-
-
-def write(
-    folder: Path,
-    figures: dict[str, dict[str, float]],
-    rows: Sequence[dict[str, Any]],
-    options: Options,
-) -> None:
-    """Append the rows to `evaluation.csv` and write the JSON."""
-    from lora_core.tensor_file import atomic_write
-
-    table = folder / "evaluation.csv"
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    if table.exists():
-        text.write(table.read_text(encoding="utf-8"))
-    else:
-        writer.writeheader()
-    writer.writerows(rows)
-    with atomic_write(table) as file:
-        file.write(text.getvalue().encode())
-    content = {
-        "exp_id": options.name,
-        "split": options.split,
-        "checkpoint": options.checkpoint,
-        "adapter": options.adapter,
-        "data_root": options.data_root,
-        "figures": {name: _finite(values) for name, values in figures.items()},
-    }
-    with atomic_write(folder / f"{options.name}.json") as file:
-        file.write(json.dumps(content, indent=2).encode())
-
-
-def _finite(values: dict[str, float]) -> dict[str, float | None]:
-    """JSON has no NaN."""
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+# -- overlays ------------------------------------------------------------------------------------
 
 
 def write_examples(folder: Path, predictor: Predictor, pictures: EvalSet, options: Options) -> None:
@@ -364,7 +268,7 @@ def write_examples(folder: Path, predictor: Predictor, pictures: EvalSet, option
     from sam2_lora.overlay import save
 
     for record in islice((record for record in pictures if record.objects), options.examples):
-        stem = re.sub(r"[^\w+-]+", "_", str(Path(record.key).with_suffix("")))
+        stem = re.sub(r"[^\w+-]+", "_", str(Path(record.key).with_suffix("")))[-100:]
         sheet = compare(predictor, record, [CAPTIONS[name] for name in _models(options)])
         save(folder / f"{options.name}_{stem}.png", sheet)
 

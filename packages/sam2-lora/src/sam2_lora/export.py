@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from lora_core.errors import CheckpointError, ConfigError, NumericError
+from lora_core.errors import CheckpointError, ConfigError, NumericError, one_line
 from lora_core.merging import merged_state_dict
 from lora_core.tensor_file import atomic_write, safetensors_bytes
 from sam2_lora.model import (
@@ -72,10 +72,27 @@ def refuse_existing(output: Path, overwrite: bool) -> None:
     """Never destroy an earlier result by accident.
 
     Raises:
-        ConfigError: there is something at `output`.
+        ConfigError: there is something at `output`; or `overwrite` would delete more than a model.
     """
     if output.exists() and not overwrite:
         raise ConfigError(f"{output.absolute()} exists: choose another --output or add --overwrite")
+    if not output.is_dir():
+        return
+    if output.suffix in SUFFIXES:
+        raise ConfigError(f"{output.absolute()} is a folder: choose another --output")
+    strange = sorted(path.name for path in output.iterdir() if not _of_a_model(path))
+    if strange:
+        raise ConfigError(
+            f"{output.absolute()} holds {one_line(strange[0])!r}, which is not replaced: choose "
+            "another --output, or remove it first"
+        )
+
+
+def _of_a_model(path: Path) -> bool:
+    """Whether a merge may have written it: a transformers folder holds its tensors and JSON."""
+    return path.is_file() and (
+        path.name == "model.safetensors" or (path.suffix == ".json" and "adapter" not in path.name)
+    )
 
 
 def export(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lora_core.config import option, parse
+from lora_core.preflight import writable
 from lora_core.report import say
 from sam2_lora.config import Config
 
@@ -18,6 +19,18 @@ class Options(Config):
     ramp_to: float = option(1.0, "Learning rate of the last update.", "ramp")
     ramp_steps: int = option(100, "Updates; it ends earlier when the loss diverges.", "ramp")
     ramp_dir: str = option("find_lr", "find_lr.csv and find_lr.png go here.", "ramp")
+
+    def problems(self) -> Iterator[str]:
+        """Yield what cannot work, each as one line."""
+        yield from super().problems()
+        if self.ramp_steps < 10:
+            yield f"--ramp_steps is {self.ramp_steps}: it must be at least 10"
+        if not 0 < self.ramp_from < self.ramp_to:
+            yield f"--ramp_from {self.ramp_from}, --ramp_to {self.ramp_to}: above 0, and rising"
+        if self.dry_run:
+            yield "--dry_run belongs to `sam2-lora train`: find-lr trains"
+        if self.resume:
+            yield "--resume belongs to `sam2-lora train`: a ramp always starts anew"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sam2_lora import data, losses, memory, model, placement
     from sam2_lora.train import ready, warm_start
 
+    writable(cfg.ramp_dir, "--ramp_dir")  # not after a hundred updates
     ready(cfg, None)
     device = choose_device(cfg.device)
     splits = data.load(cfg)

@@ -1,7 +1,7 @@
 """Data sets on disk: which format lies there, and its pictures and annotations as records.
 
     severstal   <split>/img/x.jpg with <split>/ann/x.jpg.json (Supervisely)
-    kaggle      train.csv with train_images/
+    kaggle      train.csv with train_images/: see `kaggle`
     folders     [<split>/]images/x.jpg with [<split>/]masks/x.png
     coco        see `coco`
 
@@ -10,25 +10,25 @@ Everything is read in sorted order. Problems of one pass are collected and repor
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from lora_core.errors import DataError, near, one_line
+from lora_core.errors import DataError, one_line
+from lora_core.settings.types import shown
 from lora_core.validate import validate
 from sam2_lora.coco import CocoFile, find_coco, read_coco
 from sam2_lora.config import MaskKind
 from sam2_lora.encodings import ring_of
-from sam2_lora.image import open_regular
+from sam2_lora.kaggle import read_kaggle
 from sam2_lora.masks import Size, UnclearKind
 from sam2_lora.records import (
     Reading,
     Record,
     Shape,
+    is_label,
     is_whole,
     key_of,
     pictures_in,
@@ -48,8 +48,6 @@ LAYOUTS = """expected one of
   coco:      train/_annotations.coco.json beside its pictures, also valid, test;
              or annotations/instances_train.json; or one JSON and images/"""
 KIND_SAMPLE = 64  # masks that are looked at to tell whether a set is evidently binary
-KAGGLE_HEADERS = ("ImageId,ClassId,EncodedPixels", "ImageId_ClassId,EncodedPixels")
-MAX_FIELD = 2**26  # characters of run lengths in one row
 
 Source: TypeAlias = Path | CocoFile
 
@@ -63,15 +61,19 @@ def find(root: Path, data_format: str = "auto") -> tuple[str, dict[str, Source]]
     A data set that is not split has the one entry "all".
 
     Raises:
-        DataError: no data, or data in several formats.
+        DataError: no data, data in several formats, or folders that may not be read.
     """
-    if not root.exists():
-        raise DataError(
-            f"{root.absolute()}: no such folder: name that of your data. `sam2-lora prepare` makes "
-            "the Severstal layout, `sam2-lora demo` a data set to try"
-        )
     names = FORMATS if data_format == "auto" else (data_format,)
-    found = {name: sources for name in names if (sources := _FIND[name](root))}
+    try:
+        if not root.exists():
+            raise DataError(
+                f"{root.absolute()}: no such folder: name that of your data. `sam2-lora prepare` "
+                "makes the Severstal layout, `sam2-lora demo` a data set to try"
+            )
+        found = {name: sources for name in names if (sources := _FIND[name](root))}
+    except OSError as error:
+        place = one_line(Path(error.filename).absolute())
+        raise DataError(f"{place}: cannot be read: {error.strerror}") from None
     if not found:
         raise DataError(f"{root.absolute()}: no data set found; {LAYOUTS}")
     if len(found) > 1:
@@ -139,7 +141,7 @@ def read(
         elif data_format == "severstal":
             _read_severstal(source, reading)
         elif data_format == "kaggle":
-            _read_kaggle(source, reading)
+            read_kaggle(source, reading)
         else:
             _read_folders(source, mask_kind, reading)
     return reading
@@ -182,7 +184,7 @@ def _read_supervisely(
         if not isinstance(stated, dict) or not all(
             is_whole(stated.get(side)) for side in ("height", "width")
         ):
-            raise DataError(f"{one_line(path)}: size {stated!r}, expected height and width")
+            raise DataError(f"{one_line(path)}: size {shown(stated)}, expected height and width")
         declared = (stated["height"], stated["width"])
     size = reading.size_of(picture, declared, one_line(path))
     shapes = []
@@ -194,7 +196,7 @@ def _read_supervisely(
                 shapes.append(shape)
                 continue
             kind = item["geometryType"]
-            reading.notes[f"objects of geometry {kind!r} left out: not an area"] += 1
+            reading.notes[f"objects of geometry {shown(kind)} left out: not an area"] += 1
     return size, tuple(shapes)
 
 
@@ -203,11 +205,11 @@ def _supervisely_shape(item: Any, size: Size, where: str) -> Shape | None:
     if not isinstance(item, dict):
         raise DataError("expected an object")
     label = item.get("classTitle")
-    if not isinstance(label, str):
-        raise DataError(f"classTitle {label!r}, expected text")
+    if not is_label(label):
+        raise DataError(f"classTitle {shown(label)}, expected text")
     kind = item.get("geometryType")
     if not isinstance(kind, str):
-        raise DataError(f"geometryType {kind!r}, expected text")
+        raise DataError(f"geometryType {shown(kind)}, expected text")
     if kind == "bitmap":
         bitmap = item.get("bitmap")
         if not isinstance(bitmap, dict) or not isinstance(bitmap.get("data"), str):
@@ -233,7 +235,7 @@ def _supervisely_shape(item: Any, size: Size, where: str) -> Shape | None:
 
 def _corner(value: Any) -> tuple[int, int]:
     if not isinstance(value, list) or len(value) != 2 or not all(map(is_whole, value)):
-        raise DataError(f"bitmap: origin {value!r}, expected two whole numbers [x, y]")
+        raise DataError(f"bitmap: origin {shown(value)}, expected two whole numbers [x, y]")
     return value[0], value[1]
 
 
@@ -244,96 +246,11 @@ def _rectangle(exterior: list[Any], size: Size) -> tuple[int, int, int, int]:
     except (TypeError, ValueError, OverflowError):
         corners = np.empty(0)
     if corners.shape != (2, 2) or not np.isfinite(corners).all():
-        raise DataError(f"rectangle: exterior {str(exterior)[:80]}, expected two corners [x, y]")
+        raise DataError(f"rectangle: exterior {shown(exterior)}, expected two corners [x, y]")
     limit = np.array([size[1], size[0]])
     low = np.clip(np.round(corners.min(0)), 0, limit).astype(int).tolist()
     high = np.clip(np.round(corners.max(0)), -1, limit - 1).astype(int).tolist()
     return low[0], low[1], max(high[0], low[0] - 1), max(high[1], low[1] - 1)
-
-
-# -- Kaggle ----------------------------------------------------------------------------------------
-
-
-def _read_kaggle(folder: Path, reading: Reading) -> None:
-    """train.csv of the Severstal competition; pictures without a row have no defect."""
-    pictures = pictures_in(folder / "train_images", reading)
-    table = folder / "train.csv"
-    refused = {Path(sample).name for sample, _ in reading.bad}
-    sizes: dict[str, Size] = {}
-    keys = {name: key_of(picture, reading.root) for name, picture in pictures.items()}
-    reading.measure(pictures.values())
-    for name, picture in pictures.items():
-        with reading.collecting(sample=keys[name]):
-            sizes[name] = reading.size_of(picture)
-    shapes: dict[str, list[Shape]] = {name: [] for name in pictures}
-    seen: dict[tuple[str, str, str], int] = {}
-    for line, cells in _csv_lines(table):
-        where = f"{one_line(table)}: row {line}"
-        with reading.collecting(where, sample=where):
-            name, class_id, runs = _kaggle_row(cells)
-            if name in refused:
-                continue
-            if name not in pictures:
-                hint = _hint(name, pictures, reading)
-                raise DataError(f"no picture {name!r} in {folder / 'train_images'}{hint}")
-            if seen.setdefault((name, class_id, runs), line) != line:
-                reading.problems.append(f"{where}: repeats row {seen[name, class_id, runs]}")
-            elif runs:
-                label = f"defect_{class_id}" if class_id.isdigit() else class_id
-                shapes[name].append(Shape("runs", runs, label, where))
-    reading.records += [
-        Record(keys[name], pictures[name], size, tuple(shapes[name]), merged=True)
-        for name, size in sizes.items()
-    ]
-
-
-def _csv_lines(table: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line number, cells) of each row after the header.
-
-    Raises:
-        DataError: not text, or another header.
-    """
-    csv.field_size_limit(MAX_FIELD)
-    try:
-        with io.TextIOWrapper(open_regular(table), "utf-8-sig", newline="") as file:
-            rows = csv.reader(file)
-            header = ",".join(name.strip() for name in next(rows, []))
-            if header not in KAGGLE_HEADERS:
-                raise DataError(
-                    f"{one_line(table)}: row 1 is {header[:80]!r}, expected {KAGGLE_HEADERS[0]}"
-                )
-            for cells in rows:
-                if cells:
-                    yield rows.line_num, cells
-    except UnicodeDecodeError:
-        raise DataError(f"{one_line(table)}: not UTF-8 text") from None
-    except OSError as error:
-        raise DataError(f"{one_line(table)}: cannot be read: {error.strerror}") from None
-    except csv.Error as error:
-        raise DataError(f"{one_line(table)}: row {rows.line_num}: {error}") from None
-
-
-def _kaggle_row(cells: list[str]) -> tuple[str, str, str]:
-    """Picture, class and run lengths of a row in either form.
-
-    Raises:
-        DataError: another number of cells, or an empty name or class.
-    """
-    if len(cells) == 2:  # the older form: 0002cc93b.jpg_1
-        name, _, class_id = cells[0].rpartition("_")
-        cells = [name, class_id, cells[1]]
-    if len(cells) != 3:
-        raise DataError(f"{len(cells)} cells, expected picture, class and run lengths")
-    name, class_id, runs = (cell.strip() for cell in cells)
-    if not name or not class_id:
-        raise DataError("the picture's name or the class is missing")
-    return name, class_id, runs
-
-
-def _hint(name: str, known: dict[str, Path], reading: Reading) -> str:
-    """ "; did you mean ...?" for the problems that are shown; comparing names is slow."""
-    hint = near(name, known) if len(reading.bad) < 20 else ""
-    return hint and f"; {hint}"
 
 
 # -- pictures and mask files -----------------------------------------------------------------------
@@ -351,7 +268,7 @@ def _read_folders(folder: Path, mask_kind: MaskKind, reading: Reading) -> None:
             if stem in refused:
                 continue
             if stem not in masks:
-                hint = _hint(stem, masks, reading)
+                hint = reading.hint(stem, masks)
                 raise DataError(
                     f"{one_line(picture)}: no mask {one_line(stem)}.png in {folder / 'masks'}{hint}"
                 )

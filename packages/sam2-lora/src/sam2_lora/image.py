@@ -112,13 +112,20 @@ def read_mask(path: Path) -> NDArray[np.integer]:
 
 
 def _black_and_white(picture: Image.Image) -> bool:
+    """Whether a palette's colours, not their indices, are what a mask means by it.
+
+    The whole palette counts: a mask that is all foreground shows one colour of the two.
+    """
     palette = np.array(picture.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)
     used = palette[np.unique(np.asarray(picture)).clip(max=len(palette) - 1)]
-    return {tuple(colour) for colour in used.tolist()} == {(0, 0, 0), (255, 255, 255)}
+    known, shown = ({tuple(colour) for colour in some.tolist()} for some in (palette, used))
+    return shown <= {(0, 0, 0), (255, 255, 255)} <= known
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """(height, width) of the upright picture, from the header alone.
+    """(height, width) of the upright picture, from its header.
+
+    A PNG is read to its end: its orientation may stand behind the pixels.
 
     Raises:
         DataError: no such file, not a picture, or too large.
@@ -140,7 +147,7 @@ def orientation(picture: Image.Image) -> int:
 
 
 def read_header(path: Path) -> Header:
-    """Sizes of a picture and whether it may belong to a data set, from its header alone.
+    """Sizes of a picture and whether it may belong to a data set, from its header.
 
     Raises:
         DataError: as `read_size`; a name that says another format; too many frames.

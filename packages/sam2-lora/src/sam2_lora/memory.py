@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from lora_core.training.out_of_memory import Advice
 
 LISTED = 4  # names of pictures in a message
-ROW = 1000  # bytes of a line in the CSV and of the same figures for TensorBoard
-PICTURES, PICTURE = 4, 2_000_000  # per validation, and bytes of one
+ROW_BYTES = 1000  # a line in the CSV and the same figures for TensorBoard
+SHEETS, SHEET_BYTES = 4, 2_000_000  # pictures for TensorBoard at each validation
 SMALLEST = 256  # pixels: below, a smaller picture is no advice
 
 
@@ -121,6 +121,6 @@ def disk_use(network: Sam2Model, cfg: Config) -> dict[str, int]:
         "training checkpoints": (cfg.keep_last + cfg.keep_best + 2) * checkpoint_bytes(network),
         "adapters": (cfg.keep_best + 3) * adapter_bytes(network),
         "merged models": (cfg.keep_best + 1) * merged,  # a new best before the worst is deleted
-        "figures": (cfg.steps // cfg.log_steps + validations) * ROW,
-        "pictures for TensorBoard": shown * validations * PICTURES * PICTURE,
+        "figures": (cfg.steps // cfg.log_steps + validations) * ROW_BYTES,
+        "pictures for TensorBoard": shown * validations * SHEETS * SHEET_BYTES,
     }

@@ -98,6 +98,12 @@ class Options:
         for name, least in (("points_per_side", 1), ("min_area", 1), ("tile", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"--{name} is {getattr(self, name)}: it must be at least {least}")
+        if self.points_per_side > 512:
+            raise ConfigError(
+                f"--points_per_side is {self.points_per_side}: it must be at most 512"
+            )
+        if 0 < self.tile < 64:
+            raise ConfigError(f"--tile is {self.tile}: it must be 0 (never) or at least 64 pixels")
         if self.image_size is not None:
             parse_size(self.image_size)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_core.config import option, parse
-from lora_core.errors import ConfigError, DataError, printable
+from lora_core.errors import ConfigError, DataError, one_line, printable
 from lora_core.preflight import writable
 from lora_core.report import say, table
 from lora_core.validate import REPORT, Bad, samples, stop_or_skip, write_report
@@ -120,7 +120,8 @@ def prepare(options: Options) -> dict[str, int]:
                 say(f"note: {len(samples(bad))} bad samples are left out: see {output / REPORT}")
             _put_in_place(Path(new), output)
     except OSError as error:
-        raise DataError(f"{output}: cannot be written: {error.strerror}") from error
+        file = one_line(error.filename or output)  # it may be a picture that is gone meanwhile
+        raise DataError(f"{output}: cannot be written: {file}: {error.strerror}") from error
     return made
 
 
@@ -133,12 +134,14 @@ def _check_output(output: Path, options: Options) -> None:
     """Never delete what was not made here.
 
     Raises:
-        DataError: the folder exists, and must not be replaced.
+        DataError: the folder exists, or a file of its name, and must not be replaced.
     """
     if not output.exists():
         return
     if not options.overwrite:
         raise DataError(f"{output} exists: add --overwrite, or choose another --output")
+    if not output.is_dir():
+        raise DataError(f"{output} is a file, which is not replaced: choose another --output")
     if Path(options.source).resolve().is_relative_to(output.resolve()):
         raise DataError(f"{output} holds the --source: choose another --output")
     known = {"train_split", "val_split", "test_split", "subsets", REPORT}
@@ -169,7 +172,10 @@ def read_parts(options: Options) -> tuple[dict[str, list[Record]], list[Bad], li
     total.stop_if_wrong()
     facts, found = look_at(parts, _settings(options))
     bad += found
-    parts = {name: [r for r in records if r.key in facts] for name, records in parts.items()}
+    parts = {
+        name: [record for record in records if (name, record.key) in facts]
+        for name, records in parts.items()
+    }
     good = {name: len(records) for name, records in parts.items()}
     report = Path(options.output).with_name(f"{Path(options.output).name}.{REPORT}")
     stop_or_skip(bad, good, options.on_bad_sample, options.max_bad_fraction, root, report)
@@ -224,7 +230,10 @@ def write_tree(folder: Path, parts: dict[str, list[Record]], options: Options) -
 def _write_pair(split: Path, record: Record, options: Options) -> None:
     picture = split / "img" / record.image.name
     if picture.exists():
-        raise DataError(f"{record.image}: another picture of its split has the same name")
+        raise DataError(
+            f"{one_line(record.image)}: another picture of its split has the same name, and all go "
+            "to one folder: rename one of them"
+        )
     shutil.copyfile(record.image, picture)
     text = json.dumps(annotation(record, options), ensure_ascii=False)
     (split / "ann" / f"{picture.name}.json").write_text(text + "\n", encoding="utf-8")

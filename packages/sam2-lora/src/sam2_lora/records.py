@@ -9,16 +9,19 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import numpy as np
+from numpy.typing import NDArray
 
-from lora_core.errors import DataError, listing, one_line
+from lora_core.errors import DataError, listing, near, one_line
+from lora_core.settings.types import shown
 from lora_core.validate import validate
 from sam2_lora.config import MaskKind
 from sam2_lora.encodings import (
@@ -65,7 +68,7 @@ class Shape(NamedTuple):
 class Record:
     """A picture and its annotations."""
 
-    key: str  # unique in the data set: the picture's path below the data root, with "/"
+    key: str  # unique in its split: the picture's path below the data root, with "/"
     image: Path
     size: Size  # (height, width) of the upright picture
     shapes: tuple[Shape, ...] = ()
@@ -78,10 +81,18 @@ class Record:
         """The annotations' masks, decoded anew at each access; empty ones are left out.
 
         Raises:
+            DataError: as `decoded`.
+        """
+        return self.decoded()[0]
+
+    def decoded(self) -> tuple[list[Object], int]:
+        """The annotations' masks, and how many annotations cover no pixel.
+
+        Raises:
             DataError: annotations cannot be decoded; one line for each.
         """
         if self.mask is not None:
-            return self._mask_objects(self.mask)
+            return self._mask_objects(self.mask), 0
         found, problems = [], []
         for shape in self.shapes:
             try:
@@ -93,7 +104,20 @@ class Record:
                 found.append(item)
         if problems:
             raise DataError("\n".join(problems))
-        return found
+        return found, len(self.shapes) - len(found)
+
+    def check_size(self, pixels: NDArray[np.generic]) -> None:
+        """Refuse a picture [H, W, ...] of another size than the annotations mean.
+
+        Raises:
+            DataError: it was exchanged after its header was read, or the header is wrong.
+        """
+        if pixels.shape[:2] != self.size:
+            raise DataError(
+                f"{one_line(self.image)}: {pixels.shape[1]} x {pixels.shape[0]} pixels "
+                f"(width x height), expected {self.size[1]} x {self.size[0]} as its header said: "
+                "was the picture exchanged, or is it damaged?"
+            )
 
     def _mask_objects(self, path: Path) -> list[Object]:
         values = read_mask(path)
@@ -196,6 +220,11 @@ class Reading:
                 "--follow_links true"
             )
 
+    def hint(self, name: str, known: Iterable[str]) -> str:
+        """ "; did you mean ...?" for the problems that are shown; comparing names is slow."""
+        guess = near(name, known) if len(self.bad) < 20 else ""
+        return guess and f"; {guess}"
+
     def said(self) -> list[str]:
         """The notes as lines for people."""
         return [f"{count} {what}" for what, count in self.notes.items()]
@@ -240,12 +269,16 @@ def pictures_in(folder: Path, reading: Reading) -> dict[str, Path]:
     """Name -> path of the pictures directly in a folder, sorted by name.
 
     Raises:
-        DataError: no such folder.
+        DataError: no such folder, or none that can be listed.
     """
     if not folder.is_dir():
         raise DataError(f"{folder.absolute()}: no such folder")
     found: dict[str, Path] = {}
-    for name in sorted(os.listdir(folder)):
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise DataError(f"{folder.absolute()}: cannot be listed: {error.strerror}") from None
+    for name in names:
         path = folder / name
         if name.startswith("."):
             continue
@@ -264,14 +297,21 @@ def inside(folder: Path, name: object, reading: Reading) -> Path:
     Raises:
         DataError: no text, an absolute path, a URL, "..", or a link that leads outside.
     """
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise DataError(f"file name {name!r}: expected text")
+    if not isinstance(name, str) or not name or not _can_be_file(name):
+        raise DataError(f"file name {shown(name)}: expected text")
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or ":" in name:
-        raise DataError(f"file name {name!r}: must be a path below {folder}")
+        raise DataError(f"file name {shown(name)}: must be a path below {one_line(folder)}")
     full = folder / path
     reading.stay_inside(full, folder)
     return full
+
+
+def _can_be_file(name: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:  # half of a character, which JSON can write
+        return False
 
 
 def read_json(path: Path) -> Any:
@@ -282,7 +322,8 @@ def read_json(path: Path) -> Any:
     """
     content, finite = read_json_of_many(path)
     if not finite:
-        raise DataError(f"{one_line(path)}: {not_finite(content)}")
+        wrong = not_finite(content) or "holds NaN or Infinity, which JSON does not have"
+        raise DataError(f"{one_line(path)}: {wrong}")
     return content
 
 
@@ -298,9 +339,21 @@ def read_json_of_many(path: Path) -> tuple[Any, bool]:
         constants.append(name)
         return float(name)
 
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):  # Python would keep the last and lose the others
+            twice = next(key for key, count in Counter(k for k, _ in pairs).items() if count > 1)
+            raise DataError(f"{one_line(path)}: the key {twice!r} stands twice in one object")
+        return found
+
     data = _json_bytes(path)
     try:
-        return json.loads(data.decode("utf-8-sig"), parse_constant=constant), not constants
+        content = json.loads(
+            data.decode("utf-8-sig"), parse_constant=constant, object_pairs_hook=once
+        )
+        return content, not constants
+    except DataError:  # a ValueError too
+        raise
     except UnicodeDecodeError:
         raise DataError(f"{one_line(path)}: {_encoding(data)}") from None
     except RecursionError:
@@ -352,6 +405,11 @@ def not_finite(value: Any, place: str = "") -> str:
     return next((found for inner, item in items if (found := not_finite(item, inner))), "")
 
 
-def is_whole(value: object) -> bool:
+def is_label(value: object) -> TypeGuard[str]:
+    """Whether a JSON value can be the name of a class: text that can be written."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
+def is_whole(value: object) -> TypeGuard[int]:
     """Whether a JSON value is an integer (true and false are not)."""
     return type(value) is int

@@ -6,8 +6,8 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import PIL
@@ -16,12 +16,13 @@ from lora_core.errors import ConfigError, DataError, one_line
 from lora_core.validate import REPORT, Bad, samples, stop_or_skip, validate
 from sam2_lora.config import Config
 from sam2_lora.formats import SPLITS, find, read
-from sam2_lora.image import read_image
+from sam2_lora.image import SUFFIXES, read_image
 from sam2_lora.masks import Object, components, union
 from sam2_lora.records import Reading, Record
 
 Parts = dict[str, list[Record]]  # by split: "train", "val", "test"
 Facts = Mapping[str, Any]  # {"objects": {class: count}, "small": count}
+Surveyed: TypeAlias = dict[tuple[str, str], Facts]  # by split and key: splits may share pictures
 
 
 class Found(NamedTuple):
@@ -29,6 +30,7 @@ class Found(NamedTuple):
 
     kept: list[Object]
     small: list[Object]  # fewer pixels than --min_object_area: neither learned nor scored
+    nothing: int = 0  # annotations that cover no pixel, such as outlines in shares of the picture
 
 
 def objects_of(record: Record, cfg: Config) -> Found:
@@ -37,7 +39,7 @@ def objects_of(record: Record, cfg: Config) -> Found:
     Raises:
         DataError: a mask cannot be decoded.
     """
-    items = record.objects
+    items, nothing = record.decoded()
     rule = cfg.objects
     if rule == "auto":
         rule = "components" if record.merged else "annotations"
@@ -46,7 +48,7 @@ def objects_of(record: Record, cfg: Config) -> Found:
     elif rule == "union":
         items = union(items)
     kept = [item for item in items if item.area >= cfg.min_object_area]
-    return Found(kept, [item for item in items if item.area < cfg.min_object_area])
+    return Found(kept, [item for item in items if item.area < cfg.min_object_area], nothing)
 
 
 @dataclass
@@ -82,11 +84,7 @@ def look(record: Record, cfg: Config) -> dict[str, Any]:
     problems: list[str] = []
     found = Found([], [])
     try:
-        height, width, _ = read_image(record.image).shape
-        if (height, width) != record.size:
-            problems.append(
-                f"{one_line(record.image)}: {width} x {height} pixels, unlike its header"
-            )
+        record.check_size(read_image(record.image))
     except DataError as error:
         problems.append(str(error))
     try:
@@ -95,38 +93,39 @@ def look(record: Record, cfg: Config) -> dict[str, Any]:
         problems.append(str(error))
     if problems:
         raise DataError("\n".join(problems))
-    return {"objects": Counter(item.label for item in found.kept), "small": len(found.small)}
+    return {
+        "objects": Counter(item.label for item in found.kept),
+        "small": len(found.small) + found.nothing,
+    }
 
 
-def look_at(
-    parts: Mapping[str, Sequence[Record]], cfg: Config
-) -> tuple[dict[str, Facts], list[Bad]]:
-    """Facts of every good record by its key, and the bad ones."""
+def look_at(parts: Mapping[str, Sequence[Record]], cfg: Config) -> tuple[Surveyed, list[Bad]]:
+    """Facts of every good record, and the bad ones."""
     pairs = [(split, record) for split, records in parts.items() for record in records]
     outcomes = validate(
         pairs,
         lambda pair: look(pair[1], cfg),
-        kind=f"sam2 record 1 {cfg.objects} {cfg.min_object_area} PIL {PIL.__version__}",
+        kind=f"sam2 record 3 {cfg.objects} {cfg.min_object_area} PIL {PIL.__version__}",
         root=Path(cfg.data_root),
         files=lambda pair: [path for path in (pair[1].image, pair[1].mask) if path],
         name=lambda pair: str(pair[1].image),
         content=lambda pair: identity(pair[1]),
         what="pictures and annotations",
     )
-    facts: dict[str, Facts] = {}
+    facts: Surveyed = {}
     bad = []
     for (split, record), outcome in zip(pairs, outcomes, strict=True):
         if outcome.problem:
             bad.append(Bad(split, record.key, outcome.problem))
         else:
-            facts[record.key] = outcome.value
+            facts[split, record.key] = outcome.value
     return facts, bad
 
 
 # -- stopping, or going on with the rest -----------------------------------------------------------
 
 
-def settled(parts: Parts, known: list[Bad], cfg: Config) -> tuple[dict[str, Facts], list[Bad]]:
+def settled(parts: Parts, known: list[Bad], cfg: Config) -> tuple[Surveyed, list[Bad]]:
     """Facts of the good pictures, and those that are left out.
 
     Raises:
@@ -134,36 +133,36 @@ def settled(parts: Parts, known: list[Bad], cfg: Config) -> tuple[dict[str, Fact
     """
     facts, found = look_at(parts, cfg)
     for one in known:
-        facts.pop(one.sample, None)
+        facts.pop((one.split, one.sample), None)
     bad = [*known, *found]
-    good = {split: sum(r.key in facts for r in records) for split, records in parts.items()}
+    good = Counter(split for split, _ in facts)
     root = Path(cfg.data_root)
     report = None if cfg.dry_run else Path(cfg.output_dir) / REPORT
     stop_or_skip(bad, good, cfg.on_bad_sample, cfg.max_bad_fraction, root, report)
     return facts, bad
 
 
-def without(parts: Parts, bad: Sequence[Bad], facts: Mapping[str, Facts], cfg: Config) -> Parts:
+def without(parts: Parts, bad: Sequence[Bad], facts: Surveyed, cfg: Config) -> Parts:
     """The records without the bad ones.
 
     Raises:
         DataError: a record that the first process has not looked at.
     """
-    gone = {one.sample for one in bad}
+    gone = samples(bad)
     parts = {
-        split: [record for record in records if record.key not in gone]
+        split: [record for record in records if (split, record.key) not in gone]
         for split, records in parts.items()
     }
-    keys = {record.key for records in parts.values() for record in records}
-    if other := sorted(keys ^ facts.keys()):
+    here = {(split, record.key) for split, records in parts.items() for record in records}
+    if other := sorted(here ^ facts.keys()):
         raise DataError(
             f"{Path(cfg.data_root).absolute()}: not the pictures that the first process of the run "
-            f"sees: {len(other)} differ, such as {other[0]}; all machines need the same data set"
+            f"sees: {len(other)} differ, such as {other[0][1]}; all machines need the same data set"
         )
     return parts
 
 
-def counted(parts: Parts, facts: Mapping[str, Facts], cfg: Config) -> dict[str, Counts]:
+def counted(parts: Parts, facts: Surveyed, cfg: Config) -> dict[str, Counts]:
     """Counts of each split.
 
     Raises:
@@ -171,11 +170,12 @@ def counted(parts: Parts, facts: Mapping[str, Facts], cfg: Config) -> dict[str, 
     """
     root = Path(cfg.data_root).absolute()
     counts = {
-        split: count(facts[record.key] for record in records) for split, records in parts.items()
+        split: count(facts[split, record.key] for record in records)
+        for split, records in parts.items()
     }
     for name, part in counts.items():
         if not part.pictures:
-            raise DataError(f"{root}: no pictures in the {name} split")
+            raise DataError(f"{root}: no pictures in the {name} split: add some")
         if not part.objects and name != "test":
             raise DataError(
                 f"{root}: no objects in the {part.pictures} pictures of "
@@ -284,6 +284,7 @@ def read_parts(cfg: Config, wanted: Sequence[str]) -> tuple[Parts, list[Bad], Re
     total.stop_if_wrong()
     if to_split and whole in parts:
         parts["train"], parts["val"] = split_by_name(parts.pop(whole), cfg.val_fraction)
+        bad = _on_their_sides(bad, parts, cfg.val_fraction)
     elif whole == "all" and whole in parts:
         parts["train"] = parts.pop(whole)
     if cfg.max_val_images and "val" in parts:
@@ -303,7 +304,11 @@ def _subset_folder(cfg: Config, kind: str) -> Path:
 
 def rank(record: Record) -> float:
     """A number in [0, 1) from a picture's file name: the same on every machine and in every run."""
-    digest = hashlib.sha256(record.image.name.encode("utf-8", "surrogateescape")).digest()
+    return _rank_of_name(record.image.name)
+
+
+def _rank_of_name(name: str) -> float:
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
@@ -325,6 +330,19 @@ def split_by_name(records: Sequence[Record], share: float) -> tuple[list[Record]
     held_out = [record for record in records if record.key in chosen]
     rest = [record for record in records if record.key not in chosen]
     return rest or held_out, held_out or rest
+
+
+def _on_their_sides(bad: Sequence[Bad], parts: Parts, share: float) -> list[Bad]:
+    """Bad samples of a training split that `split_by_name` has divided: those of its validation
+    part are named so, also pictures that could not even become records."""
+    sides = {record.key: side for side in ("train", "val") for record in parts[side]}
+
+    def side(sample: str) -> str:
+        path = PurePath(sample)
+        held_out = path.suffix.lower() in SUFFIXES and _rank_of_name(path.name) < share
+        return sides.get(sample, "val" if held_out else "train")
+
+    return [one._replace(split=side(one.sample)) if one.split == "train" else one for one in bad]
 
 
 def subset(records: Sequence[Record], count: int) -> list[Record]:

@@ -215,24 +215,15 @@ def ready(cfg: Config, run: Run | None) -> None:
         lambda: preflight.versions("sam2-lora", "lora-core[train,peft]", optional=("peft",)),
         preflight.torchvision,
     )
-    import torch
-
-    from lora_core.training.arguments import check_extra, choose_device, choose_precision
+    from lora_core.training.arguments import check_device
     from sam2_lora import model
-
-    def works_on_the_device() -> None:
-        elsewhere = cfg.dry_run and cfg.device != "cpu"  # it may be done where there is no GPU
-        device = torch.device("cuda") if elsewhere else choose_device(cfg.device)
-        if device.type == "cpu":  # to ask a GPU would wake it
-            choose_precision(cfg.precision, device)
-        check_extra(cfg.trainer, device, SHOWN)
 
     folders = {"--output_dir": run.folder if run else cfg.output_dir, "--logs_dir": cfg.logs_dir}
     if cfg.cache_dir:
         folders["--cache_dir"] = cfg.cache_dir
     preflight.check_all(
         *(partial(preflight.writable, path, setting) for setting, path in folders.items()),
-        works_on_the_device,
+        lambda: check_device(cfg.device, cfg.precision, cfg.trainer, SHOWN, cfg.dry_run),
         partial(model.glance, cfg),
     )
 
@@ -261,7 +252,8 @@ def cached_features(network: Sam2Model, cfg: Config) -> Callable[[Record], dict[
     import torch
 
     from lora_core.cache import FeatureCache, fingerprint
-    from sam2_lora.image import preprocess, read_image
+    from sam2_lora.data import pixels_of
+    from sam2_lora.image import preprocess
     from sam2_lora.metrics import autocast, evaluating
     from sam2_lora.model import encode
 
@@ -269,7 +261,7 @@ def cached_features(network: Sam2Model, cfg: Config) -> Callable[[Record], dict[
     device = next(network.parameters()).device
 
     def compute(record: Record) -> dict[str, Tensor]:
-        pixels = preprocess(read_image(record.image), cfg.size)[None].to(device)
+        pixels = preprocess(pixels_of(record), cfg.size)[None].to(device)
         with evaluating(network), autocast(device, cfg.precision), torch.no_grad():
             features = encode(network, pixels)
         return {name: tensor[0].cpu() for name, tensor in features._asdict().items()}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_core.errors import ConfigError, DataError, listing, near
+from lora_core.errors import ConfigError, DataError, listing, near, one_line
 
 LIMIT = 1e9  # pixels: no picture is as large
 
@@ -86,7 +86,8 @@ def _read_file(path: Path, images: Sequence[Path]) -> dict[Path, list[Prompt]]:
     problems = []
     for name, entry in content.items():
         if name not in by_name:
-            problems.append(f"{path}: no picture {name!r} among --images; {near(name, by_name)}")
+            hint = near(name, by_name) or f"there is {one_line(next(iter(by_name)))}"
+            problems.append(f"{path}: no picture {name!r} among --images; {hint}")
             continue
         try:
             prompts[by_name[name]] = parse_entry(entry, f"{path}: {name!r}")

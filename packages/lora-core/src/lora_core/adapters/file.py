@@ -11,6 +11,7 @@ a flipped bit, and a digest of the base. The same adapter gives the same bytes.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -180,8 +181,8 @@ def _write_single(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]
 def _write_folder(
     path: Path, tensors: dict[str, Tensor], record: dict[str, Any], card: str
 ) -> None:
-    if path.exists() and not path.is_dir():
-        raise CheckpointError(f"cannot write {path.absolute()}: a file has this name")
+    if os.path.lexists(path) and not os.path.isdir(path):  # Path.exists may raise
+        raise CheckpointError(f"cannot write into {path.absolute()}: it is no folder")
     config = (json.dumps(record["config"], indent=2, sort_keys=True) + "\n").encode()
     metadata = {"format": "pt", OWN: json.dumps(record, sort_keys=True)}
     data = safetensors_bytes({PREFIX + key: t for key, t in tensors.items()}, metadata)

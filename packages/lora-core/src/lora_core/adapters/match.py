@@ -6,10 +6,12 @@ Everything is checked, and all problems are reported together, before the model 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from lora_core import file_layout, placement
@@ -33,6 +35,11 @@ if TYPE_CHECKING:
 _FACTOR = re.compile(
     r"(?:(?P<path>.+)\.)?(?P<part>lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))"
     r"(?:\.(?P<rest>.+))?"
+)
+HINTS = 10  # names that get a hint; to find one among those of a large model takes 0.1 s
+_NUMBERS = frozenset(
+    {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+    | {torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz}
 )
 
 
@@ -81,12 +88,9 @@ def match(
     by_file, rest = _sorted_out(file, paths)
     owners = {file_prefix(model, live, paths): live for live in paths}
     owners |= {path: live for live, path in paths.items()}  # `attn.out_proj` of other programs
-    known = by_file.keys() & owners.keys()
-    gaps = [
-        f"{path}: no such module in the model; {near(path, owners)}".rstrip("; ")
-        for path in by_file
-        if path not in known
-    ]
+    known = [path for path in by_file if path in owners]
+    unknown = by_file.keys() - owners.keys()
+    gaps = _unknown(unknown, owners, ": no such module in the model")
     if not known:
         raise CheckpointError(
             f"{file.path}: 0 of {len(file.tensors)} adapter tensors match this model. It is the "
@@ -94,7 +98,11 @@ def match(
             f"{listing(gaps, 5)}"
         )
     factors = {owners[path]: by_file[path] for path in known}
-    problems = ["two names in the file are one module"] if len(factors) < len(known) else []
+    problems = [
+        f"{path}: the file has this module under another name as well"
+        for path in known
+        if factors[owners[path]] is not by_file[path]
+    ]
     gaps += _missing_layers(file, model, paths, set(factors))
     problems += _bad_values(file)
     problems += [
@@ -201,6 +209,16 @@ def _sorted_out(
     return factors, rest
 
 
+def _unknown(names: Iterable[str], known: Iterable[str], what: str) -> list[str]:
+    """One line for each name in a file that means nothing to the model, the first with a hint."""
+    names, known = sorted(names), list(known)
+    hints = [near(name, known) for name in names[:HINTS]]
+    return [
+        f"{name}{what}; {hint}".rstrip("; ")
+        for name, hint in zip_longest(names, hints, fillvalue="")
+    ]
+
+
 # Completeness and shapes
 
 
@@ -226,11 +244,14 @@ def _missing_layers(
 def _bad_values(file: AdapterFile) -> list[str]:
     problems = []
     for key, tensor in file.tensors.items():
-        if split_key(key) and not tensor.is_floating_point():
+        factor = split_key(key) is not None
+        if tensor.dtype not in _NUMBERS and (factor or tensor.is_floating_point()):
             problems.append(f"{key}: dtype {tensor.dtype}, expected floating-point numbers")
-        elif tensor.is_floating_point() and not tensor.isfinite().all():
-            bad = int((~tensor.isfinite()).sum())
-            problems.append(f"{key}: {bad} values are NaN or infinite, its training went wrong")
+        elif tensor.is_floating_point():
+            # Factors become fp32 in the model; float8 has no isfinite.
+            values = tensor.float() if factor or tensor.itemsize == 1 else tensor
+            if bad := values.numel() - int(values.isfinite().sum()):
+                problems.append(f"{key}: {bad} values are NaN or infinite, its training went wrong")
     return problems
 
 
@@ -310,12 +331,10 @@ def _full_tensors(
         rest = {key: t for key, t in rest.items() if ".original_module." not in f".{key}"}
         expected = {k: v for k, v in expected.items() if k in rest or "in_proj_bias" not in k}
     gaps = [f"{key} is missing" for key in expected.keys() - rest.keys()]
+    unexpected = rest.keys() - expected.keys()
+    what = " is unexpected: nothing of this name was trained in full"
+    gaps += _unknown(unexpected, expected, what)
     problems = []
-    for key in rest.keys() - expected.keys():
-        hint = near(key, expected)
-        gaps.append(
-            f"{key} is unexpected: nothing of this name was trained in full; {hint}".rstrip("; ")
-        )
     for key in expected.keys() & rest.keys():
         shape = tuple(state[expected[key]].shape)
         if tuple(rest[key].shape) != shape:

@@ -24,6 +24,7 @@ TENSORS, CONFIG, README = "adapter_model.safetensors", "adapter_config.json", "R
 OWN = "lora_core"  # our entry in the metadata
 ATTEMPTS = 20  # at reading a directory that another process writes meanwhile
 CONFIG_LIMIT = 10_000_000  # bytes of settings
+NAME_LIMIT = 1000  # characters of a tensor's name, which messages repeat
 
 
 @dataclass
@@ -68,7 +69,7 @@ def read_adapter(path: str | Path, max_bytes: int | None = None) -> AdapterFile:
         CheckpointError: missing, damaged, of a later program, or no adapter.
     """
     path = Path(path)
-    if path.is_dir() or path.suffix == ".safetensors":
+    if os.path.isdir(path) or path.suffix == ".safetensors":  # Path.is_dir may raise
         return _read_folder(path, max_bytes)
     content = read_torch(path, max_bytes)
     if not isinstance(content, dict):
@@ -89,10 +90,10 @@ def _checked(path: Path, record: dict[str, Any], content: Mapping[str, Any]) -> 
     _check_types(path, layers=extra.get("layers", {}))
     tensors = _tensors(path, content["tensors"])
     try:
-        intact = "sha256" not in extra or extra["sha256"] == digest(record, tensors)
+        found = digest(record, tensors)  # fails where a file of torch has tensors as settings
     except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its settings are no plain values: {error}") from error
-    if not intact:
+    if extra.get("sha256", found) != found:
         raise CheckpointError(
             f"{path} is damaged: its SHA-256 is not the one that was saved with it, so values were "
             "changed on the disk or on the way. Copy or download it again"
@@ -106,7 +107,7 @@ def _read_folder(path: Path, max_bytes: int | None) -> AdapterFile:
     `_write_folder` removes the old configuration, replaces the tensors, then writes the new
     configuration: with the same tensors before and after, what lies between belongs to them.
     """
-    folder, weights = (path, path / TENSORS) if path.is_dir() else (path.parent, path)
+    folder, weights = (path, path / TENSORS) if os.path.isdir(path) else (path.parent, path)
     for _ in range(ATTEMPTS):
         before = _identity(weights)
         try:
@@ -125,7 +126,7 @@ def _identity(path: Path) -> tuple[int, ...]:
     """What changes when a file is replaced."""
     try:
         status = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a NUL in the name
         return ()
     return status.st_ino, status.st_mtime_ns, status.st_size
 
@@ -134,15 +135,27 @@ def _read_tensors(
     path: Path, folder: Path, weights: Path, max_bytes: int | None
 ) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The tensors, and where we wrote them our record of everything else."""
-    if weights.exists():
+    if path == weights or not _absent(weights):
         tensors, metadata = read_safetensors(weights, max_bytes)
         return tensors, _parse(weights, metadata[OWN]) if OWN in metadata else None
-    if (folder / "adapter_model.bin").exists():  # older PEFT
-        content = read_torch(folder / "adapter_model.bin", max_bytes)
-        _check_types(path, tensors=content)
+    old = folder / "adapter_model.bin"  # older PEFT
+    if not _absent(old):
+        content = read_torch(old, max_bytes)
+        _check_types(old, tensors=content)
         return content, None
     held = ", ".join(sorted(entry.name for entry in folder.glob("*"))[:8]) or "nothing"
     raise CheckpointError(f"{path.absolute()} is no adapter: no {TENSORS} in it, but {held}")
+
+
+def _absent(path: Path) -> bool:
+    """Whether nothing has this name. What is there and cannot be read, is there."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _from_folder(
@@ -153,7 +166,7 @@ def _from_folder(
     config: dict[str, Any] | None,
 ) -> AdapterFile:
     if record is None:
-        if config is None and path.is_dir():
+        if config is None and path == folder:
             raise CheckpointError(
                 f"{folder / CONFIG} is missing: without it the scale of the adapter is unknown"
             )
@@ -203,8 +216,8 @@ def _check_types(path: Path, **parts: Any) -> None:
 
 
 def _check_format(path: Path, version: Any) -> None:
-    if not isinstance(version, int) or version < 1:
-        raise CheckpointError(f"{path}: format {version!r} is none of lora_core's")
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"{path}: format {version!r:.80} is none of lora_core's")
     if version > FORMAT:
         raise CheckpointError(
             f"{path} was written as format {version}, this program reads up to {FORMAT}: update "
@@ -214,9 +227,15 @@ def _check_format(path: Path, version: Any) -> None:
 
 def _tensors(path: Path, tensors: Mapping[Any, Any]) -> dict[str, Tensor]:
     """The tensors without PEFT's prefix and the traces of wrappers."""
-    wrong = [key for key, value in tensors.items() if not isinstance(value, Tensor)]
-    if wrong or not all(isinstance(key, str) for key in tensors):
-        some = ", ".join(f"{key!r} ({type(tensors[key]).__name__})" for key in wrong[:5])
+    wrong = [
+        f"{key!r:.80} ({type(value).__name__})"
+        if isinstance(key, str)
+        else f"a name of type {type(key).__name__}"
+        for key, value in tensors.items()
+        if not (isinstance(key, str) and len(key) <= NAME_LIMIT and isinstance(value, Tensor))
+    ]
+    if wrong:
+        some = ", ".join(wrong[:5])
         raise CheckpointError(f"{path} is no adapter: expected tensors by name, found {some}")
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors at all: save it again from its training")

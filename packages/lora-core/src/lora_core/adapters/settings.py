@@ -39,6 +39,7 @@ _PATTERNS = {
     "target_modules": True,
     "target_parameters": False,
 }
+_FLAGS = ("lora_bias", "use_dora", "use_rslora", "freeze_A")
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
@@ -61,9 +62,9 @@ def check_settings(file: AdapterFile, lora_alpha: float | None) -> None:
             f"{file.path} has lora_alpha {config.get('lora_alpha')}, not {lora_alpha}: leave it out"
         )
     if config.get("peft_type") != "LORA":
-        kind = config.get("peft_type")
+        kind = _short(config.get("peft_type"))
         raise CheckpointError(
-            f"{file.path} is an adapter of type {kind!r}{wrote}, expected 'LORA': only LoRA can be "
+            f"{file.path} is an adapter of type {kind}{wrote}, expected 'LORA': only LoRA can be "
             "loaded here"
         )
     for name in ("r", "lora_alpha"):
@@ -71,18 +72,24 @@ def check_settings(file: AdapterFile, lora_alpha: float | None) -> None:
             raise CheckpointError(
                 f"{file.path}: its configuration has no {name}{wrote}: copy its files again"
             )
+    flags = {name: (config | file.extra).get(name) for name in _FLAGS}
+    for name, value in flags.items():
+        if not isinstance(value or False, bool):  # any text would count as true
+            raise CheckpointError(
+                f"{file.path}: {name} is {_short(value)}, expected true or false{wrote}"
+            )
     for name, one_will_do in _PATTERNS.items():
         _check_patterns(file, name, one_will_do)
     beyond = [key for key, value in config.items() if value and key not in _UNDERSTOOD]
     if beyond:
         raise CheckpointError(
-            f"{file.path} uses {', '.join(sorted(beyond))}{wrote}, which lora_core does not know: "
-            "update lora-core, or save the adapter without it"
+            f"{file.path} uses {', '.join(sorted(beyond)):.200}{wrote}, which lora_core does not "
+            "know: update lora-core, or save the adapter without it"
         )
     if config.get("init_lora_weights", True) not in _HARMLESS_INITS:
         raise CheckpointError(
-            f"{file.path}: init_lora_weights {config['init_lora_weights']!r} changed the base it "
-            "was trained on. Convert it with PEFT's "
+            f"{file.path}: init_lora_weights {_short(config['init_lora_weights'])} changed the "
+            "base it was trained on. Convert it with PEFT's "
             "save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
 
@@ -91,8 +98,13 @@ def written_by(file: AdapterFile) -> str:
     """The program that wrote a file, as the end of a sentence."""
     made = file.extra.get("made")
     if isinstance(made, dict) and "lora-core" in made:
-        return f" (written by lora-core {made['lora-core']})"
-    return f" (written by PEFT {file.config.get('peft_version', 'of unknown version')})"
+        return f" (written by lora-core {made['lora-core']!s:.40})"
+    return f" (written by PEFT {file.config.get('peft_version', 'of unknown version')!s:.40})"
+
+
+def _short(value: object) -> str:
+    """A value of a file, which may be of any length, for a message."""
+    return f"{value!r:.100}"
 
 
 def _check_patterns(file: AdapterFile, name: str, one_will_do: bool) -> None:
@@ -101,7 +113,9 @@ def _check_patterns(file: AdapterFile, name: str, one_will_do: bool) -> None:
         value = [value]
     wanted = dict if name.endswith("_pattern") and not one_will_do else list
     if value and (not isinstance(value, wanted) or not all(isinstance(v, str) for v in value)):
-        raise CheckpointError(f"{file.path}: {name} is {value!r}, expected a {wanted.__name__}")
+        raise CheckpointError(
+            f"{file.path}: {name} is {_short(value)}, expected a {wanted.__name__}"
+        )
     for pattern in value:
         try:
             re.compile(pattern)
@@ -179,9 +193,10 @@ def lora_config(
             use_dora=config.get("use_dora", False),
             freeze_A=file.extra.get("freeze_A", False),
         )
-    except (ValueError, TypeError) as error:  # ConfigError is a ValueError
+    except (ValueError, TypeError, LookupError) as error:
+        # ConfigError is a ValueError; the others come from slices without name, start and end.
         raise CheckpointError(
-            f"{file.path}: unusable configuration{written_by(file)}: {error}"
+            f"{file.path}: unusable configuration{written_by(file)}: {error!s:.500}"
         ) from error
 
 

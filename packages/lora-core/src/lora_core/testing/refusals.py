@@ -12,12 +12,14 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import SkipTest
 
 NOBODY = 65534
 
@@ -48,18 +50,20 @@ def no_space_left() -> Iterator[None]:
 
 
 @contextmanager
-def small_disk(place: Path, size: int) -> Iterator[None]:
-    """A file system of `size` bytes at `place`, an empty folder.
+def small_disk(place: Path, size: int) -> Iterator[Path]:
+    """A file system of `size` bytes at `place`, a new folder.
 
     Raises:
-        PermissionError: this process may not mount one.
+        unittest.SkipTest: this process may not mount one. Show without it, too, what it shows.
     """
+    place.mkdir()
     options = f"size={size},mode=0755"
     mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
-    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode != 0:
-        raise PermissionError("no right to mount a file system")
+    can = sys.platform == "linux" and shutil.which("mount") is not None
+    if not can or subprocess.run(mount, capture_output=True).returncode != 0:
+        raise SkipTest("needs Linux and the right to mount a file system (CAP_SYS_ADMIN)")
     try:
-        yield
+        yield place
     finally:
         subprocess.run(["umount", "-l", str(place)], check=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 # Calls that run text as a program, or bytes as pickled objects.
@@ -12,7 +12,7 @@ FORBIDDEN = frozenset(
     | {"yaml.load", "yaml.unsafe_load", "yaml.full_load", "marshal.loads", "shelve.open"}
     | {"joblib.load", "dill.load", "cloudpickle.load", "subprocess.getoutput"}
     | {"subprocess.getstatusoutput", "tempfile.mktemp", "runpy.run_path", "entry_points"}
-    | {"metadata.entry_points", "importlib.metadata.entry_points", "sys.path.insert"}
+    | {"importlib.metadata.entry_points", "sys.path.insert"}
     | {"sys.path.append", "site.addsitedir"}
 )
 # Function -> keyword and the only value that may stand there.
@@ -28,15 +28,29 @@ def unsafe_calls(package: Path) -> list[str]:
     """
     found = []
     for path in sorted(package.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"), str(path))):
+        tree = ast.parse(path.read_text("utf-8"), str(path))
+        imported = _imported(tree)
+        for node in ast.walk(tree):
             if isinstance(node, ast.Call):
                 where = f"{path.relative_to(package)}:{node.lineno}"
-                found += [f"{where}: {why}" for why in _faults(node)]
+                found += [f"{where}: {why}" for why in _faults(node, imported)]
     return found
 
 
-def _faults(call: ast.Call) -> Iterator[str]:
-    name = ast.unparse(call.func)
+def _imported(tree: ast.Module) -> dict[str, str]:
+    """Name in the file -> its full name, for what is imported under another or a shorter one."""
+    names: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {each.asname: each.name for each in node.names if each.asname}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names |= {each.asname or each.name: f"{node.module}.{each.name}" for each in node.names}
+    return names
+
+
+def _faults(call: ast.Call, imported: Mapping[str, str]) -> Iterator[str]:
+    head, dot, rest = ast.unparse(call.func).partition(".")
+    name = imported.get(head, head) + dot + rest
     keywords = {word.arg: word.value for word in call.keywords if word.arg}
     if name in FORBIDDEN:
         yield f"{name} is called"

@@ -49,6 +49,7 @@ SET_BY_US = {
     "disable_tqdm": "the progress bar is ours",
     "logging_strategy": "figures are logged every so many steps",
     "logging_nan_inf_filter": "a loss that is not finite stops the run",
+    "save_total_limit": "the command has its own setting for it, --keep_last",
     "save_strategy": "checkpoints are written every save_steps, at a new best, and at the end",
     "eval_strategy": "evaluation runs before training, every so many steps, and at the end",
     "eval_on_start": "the evaluation before training is always done",
@@ -101,6 +102,18 @@ REFUSED = {
     "save_only_model": "resuming needs the optimizer",
     "train_sampling_strategy": "the order of the data is a function of the seed and the epoch",
     "use_liger_kernel": "those kernels are for language models",
+}
+# Variables by which `accelerate launch` would change a run -> what to do instead.
+LAUNCHER = {
+    "ACCELERATE_MIXED_PRECISION": "the command's precision setting decides; start with "
+    "--mixed_precision no, or with torchrun",
+    "ACCELERATE_DYNAMO_BACKEND": "use --trainer.torch_compile true, and start with "
+    "--dynamo_backend no, or with torchrun",
+    "ACCELERATE_USE_CPU": "the command's device setting decides; use it instead",
+    "ACCELERATE_USE_DEEPSPEED": REFUSED["deepspeed"],
+    "ACCELERATE_USE_FSDP": REFUSED["fsdp"],
+    "ACCELERATE_USE_MEGATRON_LM": "it is for language models",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": REFUSED["parallelism_config"],
 }
 
 
@@ -215,7 +228,6 @@ def training_arguments(
         "logging_steps": log_steps,
         "eval_steps": eval_steps or end,
         "save_steps": eval_steps or end,
-        "save_total_limit": 2,
         "dataloader_num_workers": num_workers,
         "dataloader_pin_memory": device.type == "cuda",
         "bf16": chosen == "bf16",
@@ -232,6 +244,7 @@ def training_arguments(
         "logging_nan_inf_filter": False,
     }
     settings |= check_extra(trainer or {}, device)
+    check_environment(device, chosen, bool(settings.get("torch_compile")))
     distributed.join(device, settings["ddp_timeout"])
     return _build(settings)
 
@@ -293,6 +306,8 @@ def check_extra(
         elif name == "report_to":
             problems += _missing_reporters(value, place)
             checked[name] = value
+        elif name in ("ddp_timeout", "save_steps") and isinstance(value, int) and value < 1:
+            problems.append(f"{place} is {value}: it must be at least 1")
         elif name == "lr_scheduler_type" and value in ("reduce_lr_on_plateau", "greedy"):
             problems.append(f"{place} {value}: a resumed run could not continue it exactly")
         else:
@@ -302,14 +317,70 @@ def check_extra(
                 problems.append(str(error))
     if problems:
         raise ConfigError(listing(problems))
+    if "optim" in checked:
+        from lora_core.training.optimizer import optimizer_of
+
+        probe: dict[str, Any] = {"output_dir": "nowhere", "use_cpu": True, "report_to": "none"}
+        optimizer_of(_build(probe | {n: checked[n] for n in checked if n.startswith("optim")}))
     return checked
+
+
+def check_device(
+    device: str,
+    precision: str,
+    extra: Mapping[str, Any],
+    metrics: Sequence[str] = (),
+    dry_run: bool = False,
+) -> None:
+    """Check what a command asks of its device, before data and weights, and without waking a GPU.
+
+    Args:
+        device, precision: as for `choose_device` and `choose_precision`.
+        extra, metrics: as for `check_extra`.
+        dry_run: the device need not be there: the run itself may be done elsewhere.
+
+    Raises:
+        ConfigError: no such device, a precision that it does not compute in, or settings of the
+            trainer or of `accelerate launch` that cannot work.
+    """
+    elsewhere = dry_run and device != "cpu"
+    found = torch.device("cuda") if elsewhere else choose_device(device)
+    chosen = choose_precision(precision, found) if found.type == "cpu" else precision
+    check_environment(found, chosen, "torch_compile" in extra)
+    check_extra(extra, found, metrics)
+
+
+def check_environment(device: torch.device, precision: str, compiled: bool = False) -> None:
+    """Refuse what `accelerate launch` hands over beside the command, where nobody sees it.
+
+    Args:
+        precision: fp32, bf16 or fp16; auto: it is not known yet.
+        compiled: the run's own settings ask for torch.compile, which sets a variable, too.
+
+    Raises:
+        ConfigError: a variable that would change the run, and what to do instead.
+    """
+    problems = []
+    for name, reason in LAUNCHER.items():
+        value = os.environ.get(name, "no").lower()
+        harmless = value in ("no", "0", "false", "f", "n", "off", "")
+        if name == "ACCELERATE_MIXED_PRECISION":
+            harmless |= precision in ("auto", value)
+        elif name == "ACCELERATE_DYNAMO_BACKEND":
+            harmless |= compiled
+        elif name == "ACCELERATE_USE_CPU":
+            harmless |= device.type == "cpu"
+        if not harmless:
+            problems.append(f"{name}={value} is set, as accelerate launch does: {reason}")
+    if problems:
+        raise ConfigError(listing(problems))
 
 
 def _typed(hint: Any, value: Any, place: str) -> Any:
     """Check a value where its type is a plain one: the dataclass itself checks nothing."""
     plain = {bool, int, float, str, type(None)}
     kinds = config_types.kinds(hint)
-    names = [
+    names = _choices(place) or [
         str(item.value)
         for kind in kinds
         if isinstance(kind, type) and issubclass(kind, Enum)
@@ -321,6 +392,19 @@ def _typed(hint: Any, value: Any, place: str) -> Any:
     if all(kind in plain or get_origin(kind) in (list, Literal) for kind in kinds):
         return config_types.accept(hint, value, place)
     return value
+
+
+def _choices(place: str) -> list[str]:
+    """The values of those fields that are text to the dataclass, and a choice to what reads it."""
+    if place in ("--trainer.log_level", "--trainer.log_level_replica"):
+        from transformers.training_args import trainer_log_levels
+
+        return list(trainer_log_levels)
+    if place == "--trainer.torch_compile_backend":
+        from accelerate.utils import DynamoBackend
+
+        return [backend.value.lower() for backend in DynamoBackend]
+    return []
 
 
 def _missing_reporters(value: Any, place: str) -> list[str]:

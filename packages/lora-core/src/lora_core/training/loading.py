@@ -88,7 +88,14 @@ class Watched(Dataset[Any]):
             told = self._explained(error)
             if told is error:
                 raise
-            raise told from error
+            # Cycles through tracebacks would leave the loader to the garbage collector, which ends
+            # the loader's queues first: it then waits 5 s for each worker. The worker's own
+            # traceback is in the text of `error`.
+            error.__traceback__ = None
+            try:
+                raise told from error
+            finally:
+                del told
 
     def _explained(self, error: Exception) -> Exception:
         text = str(error)

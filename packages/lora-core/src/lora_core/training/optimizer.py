@@ -25,20 +25,34 @@ def settings_of(names: str) -> Iterator[None]:
         raise ConfigError(f"--trainer.{names} do not go together: {error}") from error
 
 
+def optimizer_of(args: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """Class and settings of `--trainer.optim`.
+
+    Raises:
+        ConfigError: it is not installed, settings that it does not know, or one that is not made
+            of parameter groups.
+    """
+    try:
+        with settings_of("optim, optim_args and adam_..."):
+            cls, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+    except ImportError as error:
+        raise ConfigError(f"--trainer.optim {args.optim}: {error}") from error
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)) or (
+        settings.keys() & {"params", "model", "optimizer_dict"}
+    ):
+        raise ConfigError(f"--trainer.optim {args.optim} does not train adapters only")
+    return cls, settings
+
+
 def create_optimizer(
     network: nn.Module, args: TrainingArguments, b_lr_ratio: float = 1.0
 ) -> torch.optim.Optimizer:
     """AdamW, or `--trainer.optim`, on the parameter groups of the adapters.
 
     Raises:
-        ConfigError: no such optimizer or settings, or one that is not made of parameter groups.
+        ConfigError: see `optimizer_of`.
     """
-    with settings_of("optim, optim_args and adam_..."):
-        cls, settings = Trainer.get_optimizer_cls_and_kwargs(args)
-    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)) or (
-        settings.keys() & {"params", "model", "optimizer_dict"}
-    ):
-        raise ConfigError(f"--trainer.optim {args.optim} does not train adapters only")
+    cls, settings = optimizer_of(args)
     groups = parameter_groups(network, args.learning_rate, args.weight_decay, b_lr_ratio)
     with settings_of("optim, optim_args and adam_..."):
         return cls(groups, **settings)

@@ -53,7 +53,7 @@ def write(trainer: LoraTrainer, ranks: list[Any]) -> None:
                 trainer.on_latest(step)
         trainer.best_before = trainer.best
         keep = {*trainer.referenced(), *([trainer.best["step"]] if trainer.best else [])}
-        checkpoint.prune(run, trainer.keep_last, keep)
+        checkpoint.prune(run, trainer.guards.keep_last, keep)
     except (CheckpointError, OSError) as error:
         if trainer.new_best:  # there are no files of it
             trainer.best = trainer.best_before
