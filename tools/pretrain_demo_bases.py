@@ -27,12 +27,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lora_core.pictures.masks import trim
 from sam2_lora import losses, metrics, names, official
 from sam2_lora.config import Config
 from sam2_lora.data import EvalRecord
 from sam2_lora.demo_base import shapes
 from sam2_lora.image import MEAN, STD, preprocess, upscale_logits
-from sam2_lora.masks import trim
 from sam2_lora.model import decode, encode, load
 from sam2_lora.prompts import box_of, center_click
 

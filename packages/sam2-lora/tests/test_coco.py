@@ -6,11 +6,11 @@ import pytest
 from PIL import Image
 
 from lora_core.errors import DataError
-from sam2_lora.coco import find_coco
+from lora_core.pictures.coco import find_coco
+from lora_core.pictures.encodings import encode_counts
+from lora_core.pictures.reading import Reading
 from sam2_lora.config import Config
-from sam2_lora.encodings import encode_counts
 from sam2_lora.formats import SPLITS, find, read
-from sam2_lora.records import Reading
 from sam2_lora.survey import look_at
 
 SIZE = (20, 50)  # height, width

@@ -11,12 +11,12 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from lora_core.errors import ConfigError, DataError
+from lora_core.pictures.encodings import Shape, encode_bitmap
+from lora_core.pictures.masks import trim
 from sam2_lora.config import Config
 from sam2_lora.data import EvalSet, Sample, TrainSet, collate, load, load_split
-from sam2_lora.encodings import encode_bitmap
 from sam2_lora.image import preprocess
-from sam2_lora.masks import trim
-from sam2_lora.records import Record, Shape
+from sam2_lora.records import Record
 from sam2_lora.survey import count, doubles, look, split_by_name, subset
 
 SIZE = (40, 90)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lora_core.pictures.masks import trim
 from sam2_lora import metrics, model
 from sam2_lora.config import Config
 from sam2_lora.data import EvalRecord
@@ -21,7 +22,6 @@ from sam2_lora.demo import base_checkpoint
 from sam2_lora.demo_base import shapes
 from sam2_lora.image import preprocess, upscale_logits
 from sam2_lora.losses import best_masks
-from sam2_lora.masks import trim
 from sam2_lora.prompts import box_of, center_click
 
 PICTURES = 30  # of the card's 200

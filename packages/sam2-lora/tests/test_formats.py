@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 
 from lora_core.errors import DataError
+from lora_core.pictures.encodings import encode_bitmap, encode_runs
+from lora_core.pictures.masks import trim
+from lora_core.pictures.reading import Reading
 from sam2_lora.config import Config, MaskKind
 from sam2_lora.data import load
-from sam2_lora.encodings import encode_bitmap, encode_runs
 from sam2_lora.formats import find, read
-from sam2_lora.masks import trim
-from sam2_lora.records import Reading
 from sam2_lora.survey import look_at
 
 SIZE = (20, 50)

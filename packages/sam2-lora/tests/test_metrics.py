@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_core.errors import ConfigError
+from lora_core.pictures.masks import trim
 from sam2_lora import metrics
 from sam2_lora.config import Config
 from sam2_lora.data import EvalRecord
-from sam2_lora.masks import trim
 from sam2_lora.metrics import Tally, evaluate, iou_above_probability
 from sam2_lora.model import load
 

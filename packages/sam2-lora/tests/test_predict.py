@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lora_core.errors import ConfigError, DataError
+from lora_core.pictures.encodings import decode_counts, encode_counts
 from sam2_lora import predict
 from sam2_lora.automatic import Grid, instance_of
-from sam2_lora.encodings import decode_counts, encode_counts
 from sam2_lora.model import decode, encode, image_size, load
 from sam2_lora.overlay import LARGEST, draw, panels
 from sam2_lora.predict import find_images, rle_string

@@ -6,11 +6,11 @@ import pytest
 from PIL import Image
 
 from lora_core.errors import ConfigError, DataError
+from lora_core.pictures.encodings import encode_runs
+from lora_core.pictures.masks import trim
 from sam2_lora.config import Config
 from sam2_lora.data import load
-from sam2_lora.encodings import encode_runs
 from sam2_lora.formats import find, read
-from sam2_lora.masks import trim
 from sam2_lora.prepare import Options, main, prepare
 from sam2_lora.survey import objects_of
 

@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 
 from lora_core.errors import DataError
+from lora_core.pictures.files import read_mask
 from lora_core.training import loading
 from sam2_lora import evaluation_files, prepare
 from sam2_lora.config import Config
 from sam2_lora.data import load, load_split
 from sam2_lora.evaluate import COLUMNS, Options
-from sam2_lora.image import read_mask
 
 SIZE = (12, 16)  # height, width
 OUTLINE = [[1, 1, 8, 1, 8, 8, 1, 8]]

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lora_core.pictures.masks import trim
 from sam2_lora.image import preprocess, upscale_logits
-from sam2_lora.masks import trim
 from sam2_lora.model import Features, decode, encode, image_size
 
 if TYPE_CHECKING:

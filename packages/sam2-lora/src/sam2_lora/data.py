@@ -22,15 +22,17 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from lora_core.errors import printable
+from lora_core.pictures.files import read_image
+from lora_core.pictures.masks import Object, Size, resized
+from lora_core.pictures.reading import Reading
 from lora_core.report import table
 from lora_core.training.loading import retried
 from lora_core.validate import Bad
 from sam2_lora.config import Config
 from sam2_lora.formats import SPLITS
-from sam2_lora.image import preprocess, read_image, to_model_boxes, to_model_points
-from sam2_lora.masks import Object, Size, resized
+from sam2_lora.image import preprocess, to_model_boxes, to_model_points
 from sam2_lora.prompts import Mask, box_of, jittered, random_pixel
-from sam2_lora.records import Reading, Record
+from sam2_lora.records import Record
 from sam2_lora.survey import (
     Counts,
     Parts,

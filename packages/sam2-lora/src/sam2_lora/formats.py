@@ -16,24 +16,18 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from lora_core.data_file import is_label, is_whole, read_json
 from lora_core.errors import DataError, one_line
+from lora_core.pictures.coco import CocoFile, find_coco
+from lora_core.pictures.encodings import Shape, ring_of
+from lora_core.pictures.masks import Size, UnclearKind
+from lora_core.pictures.reading import Reading, key_of, pictures_in
 from lora_core.settings.types import shown
 from lora_core.validate import validate
-from sam2_lora.coco import CocoFile, find_coco, read_coco
+from sam2_lora.coco import read_coco
 from sam2_lora.config import MaskKind
-from sam2_lora.encodings import ring_of
 from sam2_lora.kaggle import read_kaggle
-from sam2_lora.masks import Size, UnclearKind
-from sam2_lora.records import (
-    Reading,
-    Record,
-    Shape,
-    is_label,
-    is_whole,
-    key_of,
-    pictures_in,
-    read_json,
-)
+from sam2_lora.records import Record
 
 SPLITS = {
     "train": ("train_split", "train"),

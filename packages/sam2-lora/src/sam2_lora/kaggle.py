@@ -10,11 +10,13 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
+from lora_core.data_file import open_regular
 from lora_core.errors import DataError, one_line
+from lora_core.pictures.encodings import Shape
+from lora_core.pictures.masks import Size
+from lora_core.pictures.reading import Reading, key_of, pictures_in
 from lora_core.settings.types import shown
-from sam2_lora.image import open_regular
-from sam2_lora.masks import Size
-from sam2_lora.records import Reading, Record, Shape, key_of, pictures_in
+from sam2_lora.records import Record
 
 HEADERS = ("ImageId,ClassId,EncodedPixels", "ImageId_ClassId,EncodedPixels")
 MAX_FIELD = 2**26  # characters of run lengths in one row

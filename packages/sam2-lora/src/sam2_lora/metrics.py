@@ -33,8 +33,8 @@ from sam2_lora.prompts import box_of, center_click, center_correction
 if TYPE_CHECKING:
     from transformers import Sam2Model
 
+    from lora_core.pictures.masks import Object
     from sam2_lora.data import EvalSet
-    from sam2_lora.masks import Object
 
 IOU_LEVELS = (50, 75, 90, 95)  # per cent
 CLICKS = (3, 5)  # correction clicks after which masks are scored

@@ -161,7 +161,7 @@ def find_images(names: Sequence[str]) -> list[Path]:
     Raises:
         DataError: nothing there, or two pictures whose results would get the same name.
     """
-    from sam2_lora.image import SUFFIXES
+    from lora_core.pictures.files import SUFFIXES
 
     images: list[Path] = []
     for name in names:
@@ -195,8 +195,8 @@ def predict_all(
     predictor: Predictor, prompts: Mapping[Path, Sequence[Prompt]], options: Options
 ) -> Iterator[tuple[str, tuple[int, int], list[Instance]]]:
     """Name, size (H, W) and instances of one picture after the other; their files are written."""
+    from lora_core.pictures.files import read_image
     from lora_core.report import say
-    from sam2_lora.image import read_image
 
     for image, given in prompts.items():
         rgb = read_image(image)
@@ -288,7 +288,7 @@ def coco(results: Iterable[tuple[str, tuple[int, int], Sequence[Instance]]]) -> 
     Args:
         results: file name, size (H, W) and instances of each picture.
     """
-    from sam2_lora.encodings import encode_counts
+    from lora_core.pictures.encodings import encode_counts
 
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []

@@ -156,8 +156,8 @@ def read_parts(options: Options) -> tuple[dict[str, list[Record]], list[Bad], li
     Raises:
         DataError: no data, or faults in it.
     """
+    from lora_core.pictures.reading import Reading
     from sam2_lora.formats import find, read
-    from sam2_lora.records import Reading
     from sam2_lora.survey import look_at, split_by_name
 
     root = Path(options.source)
@@ -241,7 +241,7 @@ def _write_pair(split: Path, record: Record, options: Options) -> None:
 
 def annotation(record: Record, options: Options) -> dict[str, Any]:
     """A record as Supervisely JSON: one bitmap for each object, also the smallest."""
-    from sam2_lora.encodings import encode_bitmap
+    from lora_core.pictures.encodings import encode_bitmap
     from sam2_lora.survey import objects_of
 
     height, width = record.size

@@ -13,12 +13,13 @@ import numpy as np
 import PIL
 
 from lora_core.errors import ConfigError, DataError, one_line
+from lora_core.pictures.files import SUFFIXES, read_image
+from lora_core.pictures.masks import Object, components, union
+from lora_core.pictures.reading import Reading
 from lora_core.validate import REPORT, Bad, samples, stop_or_skip, validate
 from sam2_lora.config import Config
 from sam2_lora.formats import SPLITS, find, read
-from sam2_lora.image import SUFFIXES, read_image
-from sam2_lora.masks import Object, components, union
-from sam2_lora.records import Reading, Record
+from sam2_lora.records import Record
 
 Parts = dict[str, list[Record]]  # by split: "train", "val", "test"
 Facts = Mapping[str, Any]  # {"objects": {class: count}, "small": count}

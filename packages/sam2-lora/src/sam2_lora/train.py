@@ -212,7 +212,9 @@ def ready(cfg: Config, run: Run | None) -> None:
     from lora_core import preflight
 
     preflight.check_all(
-        lambda: preflight.versions("sam2-lora", "lora-core[train,peft]", optional=("peft",)),
+        lambda: preflight.versions(
+            "sam2-lora", "lora-core[train,pictures,peft]", optional=("peft",)
+        ),
         preflight.torchvision,
     )
     from lora_core.training.arguments import check_device

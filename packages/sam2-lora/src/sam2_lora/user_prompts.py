@@ -76,7 +76,7 @@ def _numbers(text: str, count: int, flag: str) -> list[float]:
 
 
 def _read_file(path: Path, images: Sequence[Path]) -> dict[Path, list[Prompt]]:
-    from sam2_lora.records import read_json
+    from lora_core.data_file import read_json
 
     content = read_json(path)
     if not isinstance(content, dict):
@@ -153,7 +153,7 @@ def _is_numbers(value: Any, count: int) -> bool:
 
 
 def _check_inside(prompts: dict[Path, list[Prompt]]) -> None:
-    from sam2_lora.image import read_size  # imports torch, which wrong flags need not wait for
+    from lora_core.pictures.files import read_size  # imports PIL: wrong flags need not wait
 
     problems = []
     for image, given in prompts.items():

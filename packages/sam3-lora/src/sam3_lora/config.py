@@ -285,9 +285,10 @@ class Config(Guards):
         for section in (self.lora, self.dataset, self.training):
             yield from section.problems()
         yield from count_problem(self, "seed", 0)
-        for section, name in ((self.checkpoint, "save_freq"), (self.logging, "log_steps")):
-            for text in count_problem(section, name, 1):
-                yield text.replace("--", f"--{type(section).__name__.lower()}.", 1)
+        for text in count_problem(self.checkpoint, "save_freq", 1):
+            yield text.replace("--", "--checkpoint.", 1)
+        for text in count_problem(self.logging, "log_steps", 1):
+            yield text.replace("--", "--logging.", 1)
         if not self.lora.components(self.training.enable_segmentation):
             yield "nothing to train: every component is switched off by --lora.apply_to_..."
         if self.lora.apply_to_mask_decoder and not self.training.enable_segmentation:

@@ -88,13 +88,12 @@ def decode(
 ) -> list[Refined]:
     """Refine the object queries layer by layer.
 
-    A layer starts from reference boxes without gradient, but its boxes are computed from those of
-    the layer before with gradient, which so reaches one layer back.
+    A layer starts from the boxes of the one before without gradient (the first from learned ones).
+    Its own boxes are computed from them with gradient, which so reaches one layer back.
 
     Args:
         memory: [B, N, C], of `encode`.
-        one_to_many: double the queries (DAC-DETR): the second
-            half takes no part in self-attention.
+        one_to_many: double the queries (DAC-DETR); the second half takes no part in self-attention.
     """
     decoder, count = model.detr_decoder, len(memory)
     copies = 2 if one_to_many else 1

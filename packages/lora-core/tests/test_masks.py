@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from lora_core.errors import DataError
-from sam2_lora.masks import (
+from lora_core.pictures.masks import (
     Object,
     binary_object,
     components,

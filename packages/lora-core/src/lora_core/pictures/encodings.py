@@ -9,17 +9,44 @@ import base64
 import io
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from lora_core.errors import DataError
-from sam2_lora.image import DAMAGED, TooLarge, open_bounded
-from sam2_lora.masks import Mask, Object, Size, trim, union
+from lora_core.pictures.files import DAMAGED, TooLarge, open_bounded
+from lora_core.pictures.masks import Mask, Object, Size, trim, union
 
 PNG_BYTES = 64 * 2**20  # a bitmap's PNG may not unpack to more
+
+
+class Shape(NamedTuple):
+    """One annotation of a picture, not decoded yet."""
+
+    kind: Literal["runs", "counts", "bitmap", "polygon", "parts", "rectangle"]
+    data: Any
+    label: str
+    where: str  # file and record, for messages
+
+    def decode(self, size: Size) -> Object:
+        """The annotation's mask in a picture of `size` (height, width)."""
+        match self.kind:
+            case "runs":
+                return decode_runs(self.data, size, self.label)
+            case "counts":
+                return decode_counts(self.data, size, self.label)
+            case "bitmap":
+                return decode_bitmap(self.data[0], self.data[1], size, self.label)
+            case "polygon":
+                return decode_polygon(self.data, size, self.label)
+            case "parts":
+                return decode_parts(self.data, size, self.label)
+            case "rectangle":
+                x0, y0, x1, y1 = self.data
+                filled = np.ones((y1 - y0 + 1, x1 - x0 + 1), dtype=bool)
+                return trim(filled, (x0, y0), size, self.label)
 
 
 # -- run lengths -----------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Annotated pictures: files, masks and their encodings, COCO, and what is wrong with them."""
