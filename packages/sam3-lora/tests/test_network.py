@@ -12,7 +12,7 @@ from transformers import Sam3Config
 from lora_core.testing import load_golden
 from sam3_lora import network, placement, positions, vision
 from sam3_lora.config import COMPONENTS, Config, Lora, Training
-from sam3_lora.outputs import Outputs
+from sam3_lora.outputs import Detections, Outputs
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -58,10 +58,14 @@ def adapted(model: Any, *modules: str, dropout: float = 0.0) -> Any:
     return model.train()
 
 
+def drawn(layer: Detections) -> Tensor | None:
+    return None if layer.masks is None else layer.masks.all()
+
+
 def objective(out: Outputs) -> Tensor:
     """A scalar that depends on everything that is there."""
     layers = [*out.one_to_one, *out.one_to_many]
-    parts = [part for layer in layers for part in (layer.logits, layer.boxes, layer.masks)]
+    parts = [part for layer in layers for part in (layer.logits, layer.boxes, drawn(layer))]
     found = [part for part in (*parts, *out.presence, out.semantic) if part is not None]
     return sum((part.square().mean() for part in found), start=torch.zeros(()))
 
@@ -202,8 +206,9 @@ def test_the_whole_network_takes_a_rectangle(tiny: Any) -> None:
     batch["pixel_values"] = torch.randn(2, 3, 112, 70)
     out = run(tiny, batch)
     assert out.one_to_one[0].masks is not None
-    assert out.one_to_one[0].masks.shape == (2, 10, 32, 20)
-    assert torch.isfinite(out.one_to_one[0].masks).all()
+    masks = out.one_to_one[0].masks.all()
+    assert masks.shape == (2, 10, 32, 20)
+    assert torch.isfinite(masks).all()
 
 
 def test_a_broken_patch_is_refused(tiny: Any) -> None:
@@ -423,3 +428,12 @@ def test_boxes_and_scores_stay_in_float32_under_autocast(tiny: Any) -> None:
     assert all(p.dtype == torch.float32 for p in out.presence)
     objective(out).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_masks_of_some_objects_are_those_among_all(tiny: Any) -> None:
+    masks = run(tiny, batch_of([0, 1, 0], [0, 1, 1])).one_to_one[0].masks
+    whole = masks.all()
+    batch, query = torch.tensor([2, 0, 2, 2, 0]), torch.tensor([3, 9, 0, 3, 1])
+    torch.testing.assert_close(masks[batch, query], whole[batch, query], rtol=1e-5, atol=1e-5)
+    nothing = batch[:0]
+    assert masks[nothing, nothing].shape == (0, *whole.shape[2:])

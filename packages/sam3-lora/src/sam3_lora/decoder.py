@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sam3_lora.attention import attend, attention, block, key_mask
+from sam3_lora.outputs import Masks
 from sam3_lora.positions import box_code, corners
 from sam3_lora.prompts import per_query
 from sam3_lora.vision import Features
@@ -252,7 +253,7 @@ def draw_masks(
     prompt: Prompt,
     image_ids: Tensor | None,
     hidden: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Masks, Tensor]:
     """Mask logits of each object [B, Q, 4 h, 4 w] and of their union [B, 1, 4 h, 4 w].
 
     Args:
@@ -277,7 +278,7 @@ def draw_masks(
     )  # the third convolution of the official model never runs
     for fine, conv, norm in levels:
         x = block(model, conv, _finer, norm, x, fine, image_ids)
-    masks = torch.einsum("bqc,bchw->bqhw", head.mask_embedder(hidden), head.instance_projection(x))
+    masks = Masks(head.mask_embedder(hidden), head.instance_projection(x))
     return masks, head.semantic_projection(x)
 
 

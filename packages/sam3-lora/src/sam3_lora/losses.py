@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -35,7 +35,9 @@ from lora_core.distributed import sum_over_ranks, world_size
 from lora_core.errors import ConfigError, listing
 from sam3_lora.mask_losses import compare
 from sam3_lora.matching import Match, MatchSettings, match, overlaps
-from sam3_lora.outputs import Outputs, Targets
+from sam3_lora.outputs import Masks, Outputs, Targets
+
+T = TypeVar("T")
 
 MASK_ALPHA, SEMANTIC_ALPHA = 0.25, 0.6  # weight of foreground pixels in the focal losses
 
@@ -293,7 +295,7 @@ def mask_terms(
 ) -> dict[str, Tensor]:
     """Mask losses of the last layers of both halves, and of the semantic map; f32 [K] each."""
     masks = target_masks(targets, layers.logits.device)
-    final = {layers.first - 1: outputs.one_to_one[-1].masks}
+    final: dict[int, Masks | Tensor | None] = {layers.first - 1: outputs.one_to_one[-1].masks}
     if layers.has_second:
         final[len(layers.logits) - 1] = outputs.one_to_many[-1].masks
     focal, dice = {}, {}
@@ -352,15 +354,15 @@ def target_masks(targets: Targets, device: torch.device) -> Tensor:
     return targets.masks
 
 
-def made(tensor: Tensor | None, what: str) -> Tensor:
-    """A tensor that the network must have computed.
+def made(output: T | None, what: str) -> T:
+    """What the network must have computed.
 
     Raises:
         ValueError: it has not.
     """
-    if tensor is None:
+    if output is None:
         raise ValueError(f"masks are to be trained, but the network's outputs hold no {what}")
-    return tensor
+    return output
 
 
 def placed(values: dict[int, Tensor], layers: Layers) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sam3_lora import decoder
-from sam3_lora.outputs import Detections, Outputs
+from sam3_lora.outputs import Detections, Masks, Outputs
 from sam3_lora.prompts import encode_exemplars, encode_text
 from sam3_lora.vision import Features, encode_images
 
@@ -160,7 +160,7 @@ def _unless_in_order(image_ids: Tensor, images: int) -> Tensor | None:
 def _collect(
     layers: list[decoder.Refined],
     logits: Tensor,
-    masks: Tensor | None,
+    masks: Masks | None,
     semantic: Tensor | None,
     queries: int,
 ) -> Outputs:
@@ -170,6 +170,6 @@ def _collect(
     for k, layer in enumerate(layers):
         for half in range(layer.hidden.shape[1] // queries):
             part = slice(half * queries, (half + 1) * queries)
-            drawn = masks[:, part] if masks is not None and k == last else None
+            drawn = masks.half(part) if masks is not None and k == last else None
             halves[half].append(Detections(logits[k][:, part], layer.boxes[:, part], drawn))
     return Outputs(halves[0], halves[1], [layer.presence for layer in layers], semantic)

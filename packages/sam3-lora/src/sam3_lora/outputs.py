@@ -8,7 +8,49 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+
+@dataclass
+class Masks:
+    """Mask logits of B x Q objects, computed only for those that are asked for.
+
+        logits[b, q] = <embeddings[b, q], pixels[b]>
+
+    All of them, with their gradient, would be the largest tensors of a training step, of which the
+    loss needs the few objects that are matched.
+
+    Attributes:
+        embeddings: [B, Q, C].
+        pixels: [B, C, h, w].
+    """
+
+    embeddings: Tensor
+    pixels: Tensor
+
+    def __getitem__(self, index: int | tuple[Tensor, Tensor]) -> Tensor:
+        """`masks[b]`: [Q, h, w]; `masks[batch, query]` with i64 [P] each: [P, h, w]."""
+        if not isinstance(index, tuple):
+            return self._of(index, self.embeddings[index])
+        batch, query = index
+        order = batch.argsort(stable=True)
+        counts = torch.bincount(batch, minlength=len(self.pixels)).tolist()
+        groups = self.embeddings[batch[order], query[order]].split(counts)
+        drawn = torch.cat([self._of(b, group) for b, group in enumerate(groups)])
+        return drawn[order.argsort()]
+
+    def _of(self, query: int, embeddings: Tensor) -> Tensor:
+        pixels = self.pixels[query]
+        return (embeddings @ pixels.flatten(1)).unflatten(1, pixels.shape[1:])
+
+    def half(self, part: slice) -> Masks:
+        """Those of a part of the object queries."""
+        return Masks(self.embeddings[:, part], self.pixels)
+
+    def all(self) -> Tensor:
+        """[B, Q, h, w]."""
+        return torch.stack([self[b] for b in range(len(self.pixels))])
 
 
 @dataclass
@@ -18,12 +60,13 @@ class Detections:
     Attributes:
         logits: f32 [B, Q], before the presence of the phrase is taken into account.
         boxes: f32 [B, Q, 4].
-        masks: logits [B, Q, h, w]; only of the last layer, and only if masks are computed.
+        masks: logits [B, Q, h, w], or `Masks`, which gives those that it is indexed with; only of
+            the last layer, and only if masks are computed.
     """
 
     logits: Tensor
     boxes: Tensor
-    masks: Tensor | None = None
+    masks: Masks | Tensor | None = None
 
 
 @dataclass
