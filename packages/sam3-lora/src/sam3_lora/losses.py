@@ -304,8 +304,9 @@ def mask_terms(
         pairs = found.with_mask(layer)
         arrays = (found.batch[pairs], found.query[pairs], found.target[pairs])
         batch, query, target = on_device(arrays, masks)
+        of_all: Masks | Tensor = made(logits, "masks")
         each = compare(
-            made(logits, "masks")[batch, query], masks, target,
+            of_all[batch, query], masks, target,
             alpha=MASK_ALPHA, points=points, pixels=settings.mask_pixels,
         )  # fmt: skip
         focal[layer], dice[layer] = (value.sum() / n for value in each)
