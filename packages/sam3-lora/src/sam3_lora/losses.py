@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -36,8 +36,6 @@ from lora_core.errors import ConfigError, listing
 from sam3_lora.mask_losses import compare
 from sam3_lora.matching import Match, MatchSettings, match, overlaps
 from sam3_lora.outputs import Masks, Outputs, Targets
-
-T = TypeVar("T")
 
 MASK_ALPHA, SEMANTIC_ALPHA = 0.25, 0.6  # weight of foreground pixels in the focal losses
 
@@ -304,13 +302,16 @@ def mask_terms(
         pairs = found.with_mask(layer)
         arrays = (found.batch[pairs], found.query[pairs], found.target[pairs])
         batch, query, target = on_device(arrays, masks)
-        of_all: Masks | Tensor = made(logits, "masks")
+        if logits is None:
+            raise not_made("masks")
         each = compare(
-            of_all[batch, query], masks, target,
+            logits[batch, query], masks, target,
             alpha=MASK_ALPHA, points=points, pixels=settings.mask_pixels,
         )  # fmt: skip
         focal[layer], dice[layer] = (value.sum() / n for value in each)
-    whole = semantic_terms(made(outputs.semantic, "semantic map"), masks, found, settings)
+    if outputs.semantic is None:
+        raise not_made("semantic map")
+    whole = semantic_terms(outputs.semantic, masks, found, settings)
     return {
         "loss_mask": placed(focal, layers),
         "loss_dice": placed(dice, layers),
@@ -355,15 +356,8 @@ def target_masks(targets: Targets, device: torch.device) -> Tensor:
     return targets.masks
 
 
-def made(output: T | None, what: str) -> T:
-    """What the network must have computed.
-
-    Raises:
-        ValueError: it has not.
-    """
-    if output is None:
-        raise ValueError(f"masks are to be trained, but the network's outputs hold no {what}")
-    return output
+def not_made(what: str) -> ValueError:
+    return ValueError(f"masks are to be trained, but the network's outputs hold no {what}")
 
 
 def placed(values: dict[int, Tensor], layers: Layers) -> Tensor:
