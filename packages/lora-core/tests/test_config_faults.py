@@ -513,7 +513,9 @@ def test_secrets_are_in_no_checkpoint_and_no_adapter(tmp_path, monkeypatch):
 @pytest.mark.fault("H30")
 def test_tags_of_pictures_are_escaped_for_the_browser(tmp_path):
     pytest.importorskip("tensorboard")
-    log = RunLog(tmp_path, tmp_path / "log.csv", ["step", "split"], tensorboard=True)
+    log = RunLog(
+        tmp_path / "tensorboard", tmp_path / "log.csv", ["step", "split"], tensorboard=True
+    )
     log.picture("<script>alert(1)</script>", torch.zeros(4, 4, 3, dtype=torch.uint8), 1)
     log.close()
     data = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())

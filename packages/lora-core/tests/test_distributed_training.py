@@ -102,7 +102,9 @@ def trainer(folder, world, size=48, data=None, loss=loss, measure=evaluate, **se
         collate,
         loss,
         measure,
-        log=RunLog(folder, Path(folder) / "log.csv", COLUMNS, tensorboard=False),
+        log=RunLog(
+            Path(folder) / "tensorboard", Path(folder) / "log.csv", COLUMNS, tensorboard=False
+        ),
         save_adapter=Path.mkdir,
         guards=Guards(keep_last=99),
         **own,
@@ -469,7 +471,9 @@ def deep_trainer(folder, world, sharded=False, dtype=torch.float32, **settings):
         collate,
         loss,
         evaluate,
-        log=RunLog(folder, Path(folder) / "log.csv", COLUMNS, tensorboard=False),
+        log=RunLog(
+            Path(folder) / "tensorboard", Path(folder) / "log.csv", COLUMNS, tensorboard=False
+        ),
         sharded=model.blocks if sharded else (),
         guards=Guards(keep_last=99),
     )

@@ -8,7 +8,7 @@ import pytest
 
 from lora_core import report
 from lora_core.errors import ConfigError
-from lora_core.report import Progress, RunLog, duration, figure, say, table
+from lora_core.report import Progress, RunLog, copied_to, duration, figure, say, table
 
 COLUMNS = ["step", "epoch", "split", "loss", "iou", "seconds"]
 
@@ -44,7 +44,7 @@ def rows(tmp_path):
 
 @pytest.fixture
 def log(tmp_path):
-    return RunLog(tmp_path, tmp_path / "log.csv", COLUMNS, tensorboard=False)
+    return RunLog(tmp_path / "tensorboard", tmp_path / "log.csv", COLUMNS, tensorboard=False)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_table_aligns_words_left_and_numbers_right():
 def test_only_the_first_rank_speaks_and_writes(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("RANK", "1")
     say("twice")
-    log = RunLog(tmp_path, tmp_path / "log.csv", COLUMNS, tensorboard=True)
+    log = RunLog(tmp_path / "tensorboard", tmp_path / "log.csv", COLUMNS, tensorboard=True)
     log.write(1, "train", loss=1.0)
     log.picture("a", np.zeros((2, 2, 3), np.uint8), 1)
     log.rewind(0)
@@ -181,7 +181,7 @@ def test_a_resumed_log_has_no_duplicate_and_no_gap(tmp_path, log, rows):
         log.write(step, "train", loss=step / 10)
     with (tmp_path / "log.csv").open("a") as file:
         file.write("20,0.5,tr")  # cut off by a crash
-    again = RunLog(tmp_path, tmp_path / "log.csv", COLUMNS, tensorboard=False)
+    again = RunLog(tmp_path / "tensorboard", tmp_path / "log.csv", COLUMNS, tensorboard=False)
     again.rewind(10)
     again.write(10, "train", loss=9.0)
     again.write(15, "train", loss=9.0)
@@ -191,7 +191,7 @@ def test_a_resumed_log_has_no_duplicate_and_no_gap(tmp_path, log, rows):
 def test_a_csv_with_other_columns_is_not_mixed(tmp_path):
     (tmp_path / "log.csv").write_text("step,iou\n1,0.5\n")
     with pytest.raises(ConfigError, match=r"log\.csv has other columns \(step, iou\)"):
-        RunLog(tmp_path, tmp_path / "log.csv", COLUMNS, tensorboard=False)
+        RunLog(tmp_path / "tensorboard", tmp_path / "log.csv", COLUMNS, tensorboard=False)
     assert (tmp_path / "log.csv").read_text() == "step,iou\n1,0.5\n"
 
 
@@ -199,7 +199,7 @@ def test_tensorboard_gets_scalars_and_pictures_once_per_step(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = RunLog(tmp_path, tmp_path / "log.csv", COLUMNS, tensorboard=True)
+    log = RunLog(tmp_path / "tensorboard", tmp_path / "log.csv", COLUMNS, tensorboard=True)
     for step in (1, 2, 3):
         log.write(step, "train", loss=step / 8, note="text", nothing=None)
     log.picture("overlay", np.full((4, 6, 3), 200, np.uint8), 2)
@@ -219,11 +219,32 @@ def test_tensorboard_gets_scalars_and_pictures_once_per_step(tmp_path):
 
 def test_missing_tensorboard_is_one_line_and_the_csv_goes_on(tmp_path, monkeypatch, capsys, rows):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    log = RunLog(tmp_path, tmp_path / "log.csv", COLUMNS, tensorboard=True)
+    log = RunLog(tmp_path / "tensorboard", tmp_path / "log.csv", COLUMNS, tensorboard=True)
     log.write(1, "train", loss=1.0)
     assert capsys.readouterr().out.splitlines() == [
         "TensorBoard is not installed: pip install tensorboard. The CSV has all numbers."
     ]
     assert len(rows()) == 2
-    RunLog(tmp_path, tmp_path / "other.csv", COLUMNS, tensorboard=None).write(1, "train")
+    RunLog(tmp_path / "tensorboard", tmp_path / "other.csv", COLUMNS, tensorboard=None).write(
+        1, "train"
+    )
     assert capsys.readouterr().out == ""
+
+
+def test_what_is_said_goes_into_a_file_too_and_is_appended(tmp_path, capsys):
+    path = tmp_path / "logs" / "training.log"
+    for text in ("first", "second ü"):
+        with copied_to(path):
+            say(text)
+    say("not copied")
+    assert path.read_text(encoding="utf-8") == "first\nsecond ü\n"
+    assert capsys.readouterr().out == "first\nsecond ü\nnot copied\n"
+
+
+def test_a_log_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(ConfigError, match=r"cannot write .*training\.log"),
+        copied_to(tmp_path / "file" / "training.log"),
+    ):
+        pass

@@ -201,7 +201,7 @@ def test_tensorboard_and_csv_have_every_step_once_after_resumes(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     def log(folder):
-        return RunLog(folder, folder / "log.csv", COLUMNS, tensorboard=True)
+        return RunLog(Path(folder) / "tensorboard", folder / "log.csv", COLUMNS, tensorboard=True)
 
     def scalars(folder):
         events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
@@ -528,7 +528,7 @@ class Flaky:
 def test_a_failing_log_or_picture_is_a_warning(every, tmp_path, what, phase, capsys):
     flaky = Flaky({2, 3, 5})
     if what == "log":
-        log = RunLog(tmp_path, tmp_path / "log.csv", COLUMNS, tensorboard=False)
+        log = RunLog(tmp_path / "tensorboard", tmp_path / "log.csv", COLUMNS, tensorboard=False)
         flaky.answer, log.write = log.write, flaky
         made = train(tmp_path, log=False, own={"log": log})
     else:
@@ -544,7 +544,7 @@ def test_a_failing_log_or_picture_is_a_warning(every, tmp_path, what, phase, cap
 def test_three_failures_in_a_row_end_the_run(tmp_path, what, capsys):
     flaky = Flaky({2, 3, 4}, evaluate)
     if what == "log":
-        log = RunLog(tmp_path, tmp_path / "log.csv", COLUMNS, tensorboard=False)
+        log = RunLog(tmp_path / "tensorboard", tmp_path / "log.csv", COLUMNS, tensorboard=False)
         log.write = flaky
         made = trainer(tmp_path, log=False, own={"log": log})
     else:

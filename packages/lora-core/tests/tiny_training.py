@@ -92,7 +92,9 @@ def trainer(folder, model=None, data=None, measure=evaluate, loss=loss, log=True
         "device": "cpu",
     }
     if log:
-        own["log"] = RunLog(folder, Path(folder) / "log.csv", COLUMNS, tensorboard=False)
+        own["log"] = RunLog(
+            Path(folder) / "tensorboard", Path(folder) / "log.csv", COLUMNS, tensorboard=False
+        )
     own.setdefault("save_adapter", Path.mkdir)
     own.setdefault("guards", Guards(keep_last=99))
     return LoraTrainer(

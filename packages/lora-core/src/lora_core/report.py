@@ -12,13 +12,15 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lora_core.errors import ConfigError, one_line
 
 _bar: Progress | None = None  # the bar that is on the screen, if any
+_copy: IO[str] | None = None  # a file that gets every line, too
 
 
 def is_first_rank() -> bool:
@@ -33,6 +35,10 @@ def say(text: object = "") -> None:
     if _bar is not None:
         _put("\r\x1b[K")
     _put(f"{text}\n")
+    if _copy is not None:
+        with suppress(OSError):  # a full disk ends no run for its log
+            _copy.write(f"{text}\n")
+            _copy.flush()
     if _bar is not None:
         _bar.draw()
 
@@ -49,6 +55,32 @@ def _put(text: str) -> None:
         sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
     except (OSError, ValueError):  # also a log file on a full disk
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the end
+
+
+@contextmanager
+def copied_to(path: str | Path) -> Iterator[None]:
+    """Append every line that is said inside to a file, too; its folder is made. On rank 0 only.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    global _copy
+    if not is_first_rank():
+        yield
+        return
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a", encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path.absolute()}: {error.strerror}") from error
+    before, _copy = _copy, file
+    try:
+        yield
+    finally:
+        _copy = before
+        with suppress(OSError):
+            file.close()
 
 
 def figure(value: object) -> str:
@@ -168,7 +200,7 @@ class RunLog:
     """The numbers of a run: a CSV that is complete after every row, and TensorBoard.
 
     Args:
-        folder: TensorBoard's files go to `folder/tensorboard`.
+        events: folder of TensorBoard's files.
         csv_path: the CSV; an existing one with the same columns is continued.
         columns: the CSV's columns, with `step` and `split` among them.
         tensorboard: False: none; None: if it is installed; True: say so if it is not.
@@ -179,12 +211,12 @@ class RunLog:
 
     def __init__(
         self,
-        folder: str | Path,
+        events: str | Path,
         csv_path: str | Path,
         columns: Sequence[str],
         tensorboard: bool | None = None,
     ) -> None:
-        self.folder, self.csv_path, self.columns = Path(folder), Path(csv_path), list(columns)
+        self.events, self.csv_path, self.columns = Path(events), Path(csv_path), list(columns)
         self.written: set[tuple[str, str]] = set()
         self._pending: list[dict[str, str]] = []  # rows that could not be written yet
         self._torn = False  # the last write may have left a part of a row
@@ -300,7 +332,7 @@ class RunLog:
             if cls is None:
                 self._tensorboard = False
                 return None
-            self._writer = cls(str(self.folder / "tensorboard"), purge_step=purge_step)
+            self._writer = cls(str(self.events), purge_step=purge_step)
         return self._writer
 
 

@@ -94,6 +94,7 @@ class LoraTrainer(Trainer):
         shown: names of the metrics that are printed; None: all. The log gets every one.
         referenced: gives steps whose checkpoints must stay because other files refer to them.
         b_lr_ratio: learning rate of B over that of A (LoRA+).
+        schedule: (update, updates) -> share of the peak learning rate, in place of the cosine.
         count: `batch -> items` that the loss of a batch is the mean over; None: its samples.
         sharded: blocks whose frozen parameters are divided among the processes, see
             `lora_core.training.sharding`; after `train` they are whole.
@@ -133,6 +134,7 @@ class LoraTrainer(Trainer):
         shown: Collection[str] | None = None,
         referenced: Callable[[], Collection[int]] = tuple,
         b_lr_ratio: float = 1.0,
+        schedule: Callable[[int, int], float] | None = None,
         count: Callable[[Any], float] | None = None,
         sharded: Sequence[nn.Module] = (),
         guards: Guards | None = None,
@@ -154,7 +156,7 @@ class LoraTrainer(Trainer):
         self.guards = guards or Guards()
         self.settings, self.may_change = plain(dict(settings or {})), may_change  # no secrets
         self.fingerprints, self.resume_with = dict(fingerprints or {}), resume_with
-        self.advice = advice or Advice()
+        self.advice, self.schedule = advice or Advice(), schedule
         self.already_done = False  # a resumed run had nothing left to do
         self.best: dict[str, Any] | None = None  # {"step", "value", "metrics"}
         self.best_before: dict[str, Any] | None = None  # the one whose files are written
@@ -392,7 +394,7 @@ class LoraTrainer(Trainer):
         if self.lr_scheduler is None:
             self._created_lr_scheduler = True
             self.lr_scheduler = create_schedule(
-                optimizer or self.optimizer, self.args, num_training_steps
+                optimizer or self.optimizer, self.args, num_training_steps, self.schedule
             )
         return self.lr_scheduler
 

@@ -99,7 +99,7 @@ def fit(cfg: Config, run: Run | None, device: torch.device) -> int:
     run = run or first_rank_decides(lambda: new_run(cfg, size), device)
     list_bad_samples(run, splits, device)
 
-    log = RunLog(run.folder, run.csv(cfg), COLUMNS, cfg.tensorboard)
+    log = RunLog(run.folder / "tensorboard", run.csv(cfg), COLUMNS, cfg.tensorboard)
     prints = fingerprints(network, splits)
     artifacts = Artifacts(run, network, cfg, prints["data"])
     trainer = LoraTrainer(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,16 +58,26 @@ def create_optimizer(
         return cls(groups, **settings)
 
 
-def create_schedule(optimizer: Any, args: TrainingArguments, updates: int) -> LRScheduler:
+def create_schedule(
+    optimizer: Any,
+    args: TrainingArguments,
+    updates: int,
+    factor: Callable[[int, int], float] | None = None,
+) -> LRScheduler:
     """Plain `cosine` is a warm-up from peak / w and one cosine to 1 % of the peak.
 
     transformers' own starts with an update at learning rate 0 and ends at 0.
+
+    Args:
+        factor: (update, updates) -> share of the peak, in place of that cosine.
 
     Raises:
         ConfigError: settings that the schedule does not know.
     """
     warmup = args.get_warmup_steps(updates)
     if args.lr_scheduler_type == "cosine" and not args.lr_scheduler_kwargs:
+        if factor is not None:
+            return LambdaLR(optimizer, lambda update: factor(update, updates))
         return LambdaLR(optimizer, lambda update: lr_factor(update, warmup, updates))
     with settings_of("lr_scheduler_type and lr_scheduler_kwargs"):
         schedule: LRScheduler = get_scheduler(
