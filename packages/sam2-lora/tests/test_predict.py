@@ -14,10 +14,10 @@ from PIL import Image
 
 from lora_core.errors import ConfigError, DataError
 from lora_core.pictures.encodings import decode_counts, encode_counts
+from lora_core.pictures.overlay import LARGEST, draw, panels
 from sam2_lora import predict
 from sam2_lora.automatic import Grid, instance_of
 from sam2_lora.model import decode, encode, image_size, load
-from sam2_lora.overlay import LARGEST, draw, panels
 from sam2_lora.predict import find_images, rle_string
 from sam2_lora.predictor import Predictor
 from sam2_lora.user_prompts import Prompt, parse_entry

@@ -265,7 +265,7 @@ def worse(figures: dict[str, dict[str, float]]) -> str:
 
 def write_examples(folder: Path, predictor: Predictor, pictures: EvalSet, options: Options) -> None:
     """Overlays of the first pictures that hold objects."""
-    from sam2_lora.overlay import save
+    from lora_core.pictures.overlay import save
 
     for record in islice((record for record in pictures if record.objects), options.examples):
         stem = re.sub(r"[^\w+-]+", "_", str(Path(record.key).with_suffix("")))[-100:]
@@ -287,8 +287,8 @@ def compare(predictor: Predictor, record: EvalRecord, models: Sequence[str]) -> 
     import numpy as np
     import torch
 
+    from lora_core.pictures.overlay import draw, panels
     from sam2_lora.metrics import Tally
-    from sam2_lora.overlay import draw, panels
     from sam2_lora.prompts import center_click
 
     truth = np.stack([item.mask for item in record.objects])

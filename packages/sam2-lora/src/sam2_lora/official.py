@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,16 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_core import base_file
 from lora_core.errors import CheckpointError
 from lora_core.report import say
-from lora_core.tensor_file import (
-    atomic_write,
-    open_checkpoint,
-    plain,
-    read_safetensors,
-    read_torch,
-    safetensors_bytes,
-)
+from lora_core.tensor_file import atomic_write, plain, safetensors_bytes
 from sam2_lora.names import is_video, key_map, to_official
 
 # -- variants ------------------------------------------------------------------------------------
@@ -100,9 +90,6 @@ def recognise(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 SEARCH = (Path("checkpoints"), Path("libs/sam2base/checkpoints"))
-CONFIG_LIMIT = 10_000_000  # bytes of a model's settings
-SUFFIXES = {".pt", ".pth", ".torch", ".safetensors"}
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -139,7 +126,7 @@ def find_checkpoint(name: str | Path) -> Path:
     Raises:
         CheckpointError: nothing there; lists the places tried.
     """
-    return find_local(name) or _download(str(name))
+    return find_local(name) or base_file.from_hub(str(name), ["*.json", base_file.WEIGHTS])
 
 
 def find_local(name: str | Path) -> Path | None:
@@ -148,52 +135,7 @@ def find_local(name: str | Path) -> Path | None:
     Raises:
         CheckpointError: nothing there; lists the places tried.
     """
-    path = Path(name)
-    places = [folder / path for folder in SEARCH] if path.name == str(name) else []
-    for place in (path, *places):
-        if os.path.exists(place):  # False also for a name that is too long
-            return place
-    if _HUB_ID.fullmatch(str(name)) and path.suffix not in SUFFIXES:
-        return None
-    tried = ", ".join(str(place.absolute()) for place in (path, *places))
-    raise CheckpointError(f"no checkpoint {name}: looked at {tried}{where_to_get(path)}")
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    repository, _, revision = name.partition("@")
-    try:
-        folder = Path(
-            snapshot_download(
-                repository,
-                revision=revision or None,
-                allow_patterns=["*.json", "model.safetensors"],
-            )
-        )
-    except Exception as error:  # network, rights, unknown name: all end the same way
-        raise CheckpointError(
-            f"{name}: no such local folder, and the hub gave none ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else ''})"
-        ) from error
-    _check_blob(folder / "model.safetensors")
-    if revision != folder.name:
-        say(f"{name} is now {repository}@{folder.name}: with this name it stays the same model")
-    return folder
-
-
-def _check_blob(path: Path) -> None:
-    """Compare a file in the hub's cache with its SHA-256, by which the cache names it."""
-    name = path.resolve().name
-    if not path.is_file() or not re.fullmatch("[0-9a-f]{64}", name):
-        return  # `read_official` says what is missing; without links the cache has no such names
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != name:
-        raise CheckpointError(
-            f"{path} is not what the hub has: its SHA-256 is {found}, expected {name}. Delete "
-            f"{path.resolve()} to download it again"
-        )
+    return base_file.find_local(name, SEARCH, where_to_get(Path(name)))
 
 
 def read_official(path: str | Path, device: str = "cpu") -> OfficialFile:
@@ -230,27 +172,10 @@ def read_official(path: str | Path, device: str = "cpu") -> OfficialFile:
 def _read_tensors(path: Path, device: str) -> tuple[dict[str, Tensor], str]:
     if not path.exists():
         raise CheckpointError(f"no checkpoint at {path.absolute()}{where_to_get(path)}")
-    if path.suffix == ".safetensors":
-        return dict(
-            sorted(read_safetensors(path, device=device)[0].items())
-        ), "safetensors"  # else unordered
-    content = read_torch(path, device=device)
-    if isinstance(content, dict) and {"format", "tensors"} <= content.keys():
-        raise CheckpointError(
-            f"{path} is a LoRA adapter, not a base model: pass it as --adapter and the official "
-            "checkpoint it was trained on as --checkpoint."
-        )
-    kind = "pt" if isinstance(content, dict) and isinstance(content.get("model"), dict) else "flat"
-    state = content["model"] if kind == "pt" else content
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        entries = content if isinstance(content, dict) else {type(content).__name__: None}
-        raise CheckpointError(
-            f'{path}: expected {{"model": state dict}} as in the official files; '
-            f"found: {', '.join(map(str, list(entries)[:5]))}"
-        )
+    tensors, kind = base_file.read_tensors(path, device)
     if kind == "flat":
         say(f'{path} is a bare state dict without the "model" entry of the official files.')
-    return dict(state), kind
+    return tensors, kind
 
 
 def where_to_get(path: Path) -> str:
@@ -263,15 +188,8 @@ def where_to_get(path: Path) -> str:
 
 def _read_config(path: Path) -> dict[str, Any]:
     """The image part of a `Sam2Config` or `Sam2VideoConfig` in JSON."""
-    try:
-        with open_checkpoint(path, CONFIG_LIMIT) as file:
-            content = json.loads(file.read().decode("utf-8-sig"))
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise CheckpointError(f"{path} is no readable JSON: {reason}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("vision_config"), dict):
+    content = base_file.read_settings(path)
+    if not isinstance(content.get("vision_config"), dict):
         raise CheckpointError(f"{path}: no Sam2Config (it has no vision_config)")
     parts = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
     config = {part: dict(content[part]) for part in parts if isinstance(content.get(part), dict)}
@@ -283,7 +201,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _read_folder(folder: Path, device: str) -> OfficialFile:
     config_path, weights_path = folder / "config.json", folder / "model.safetensors"
     if not config_path.is_file() or not weights_path.is_file():
-        raise CheckpointError(_not_a_model(folder))
+        raise base_file.no_model_folder(folder, "config.json and model.safetensors")
     config = _read_config(config_path)
     tensors, _ = _read_tensors(weights_path, device)
     official = to_official(tensors)
@@ -291,19 +209,6 @@ def _read_folder(folder: Path, device: str) -> OfficialFile:
         raise CheckpointError(_not_sam2(weights_path, tensors))
     variant = Variant(recognise(official) or "custom", config)
     return OfficialFile(folder, "transformers", official, variant, config_path)
-
-
-def _not_a_model(folder: Path) -> str:
-    there = sorted(entry.name for entry in folder.iterdir())
-    text = f"{folder.absolute()}: a transformers model folder needs config.json and "
-    text += f"model.safetensors; here is: {', '.join(there[:8]) or 'nothing'}"
-    if "adapter_config.json" in there:
-        text += ". This is a LoRA adapter: pass it as --adapter, and its base as --checkpoint"
-    if any(name.endswith(".index.json") for name in there):
-        text += ". Models in several shards are not read: save it as one model.safetensors"
-    if "pytorch_model.bin" in there:
-        text += ". Pickled weights are not read: save them as model.safetensors"
-    return text
 
 
 def _not_sam2(path: Path, tensors: Mapping[str, Tensor]) -> str:
@@ -325,26 +230,17 @@ def check_fit(file: OfficialFile, expected: Mapping[str, Tensor]) -> None:
         CheckpointError: counts and the first names that are missing, unexpected or of another
             shape, and the published variant that the tensors do fit.
     """
-    found = file.image
-    missing = [name for name in expected if name not in found]
-    extra = [name for name in found if name not in expected]
-    shapes = [
-        f"{name} {list(found[name].shape)} instead of {list(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in found and found[name].shape != tensor.shape
-    ]
-    if not (missing or extra or shapes):
-        return
-    matched = len(expected) - len(missing) - len(shapes)
-    source = f"the model of {file.config}" if file.config else file.variant.name
-    lines = [f"{file.path}: {matched} of {len(expected)} tensors matched {source}"]
-    for what, names in (("missing", missing), ("unexpected", extra), ("other shape", shapes)):
-        if names:
-            lines.append(f"  {len(names)} {what}: {', '.join(names[:5])}")
     fits = recognise(file.tensors)
-    if fits and file.config:
-        lines.append(f"  the tensors look like {fits}, whose config would fit")
-    raise CheckpointError("\n".join(lines))
+    base_file.refuse_misfit(
+        file.path,
+        f"the model of {file.config}" if file.config else file.variant.name,
+        file.image,
+        expected,
+        [name for name in file.image if name not in expected],
+        hint=f"  the tensors look like {fits}, whose config would fit"
+        if fits and file.config
+        else "",
+    )
 
 
 def write_official(path: str | Path, tensors: Mapping[str, Tensor]) -> Path:

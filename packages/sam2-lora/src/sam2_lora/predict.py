@@ -248,7 +248,7 @@ def write_picture(
     found: Sequence[tuple[str, Sequence[Instance]]],
 ) -> None:
     """Write a picture's instance map and its overlay."""
-    from sam2_lora.overlay import draw, panels, save
+    from lora_core.pictures.overlay import draw, panels, save
 
     size = (rgb.shape[0], rgb.shape[1])
     pictures = [
