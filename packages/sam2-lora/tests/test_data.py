@@ -13,11 +13,12 @@ from torch.utils.data import DataLoader
 from lora_core.errors import ConfigError, DataError
 from lora_core.pictures.encodings import Shape, encode_bitmap
 from lora_core.pictures.masks import trim
+from lora_core.pictures.survey import doubles
 from sam2_lora.config import Config
 from sam2_lora.data import EvalSet, Sample, TrainSet, collate, load, load_split
 from sam2_lora.image import preprocess
 from sam2_lora.records import Record
-from sam2_lora.survey import count, doubles, look, split_by_name, subset
+from sam2_lora.survey import count, look, split_by_name, subset
 
 SIZE = (40, 90)
 BOXES = [(5, 5, 25, 15), (30, 10, 60, 35), (70, 2, 85, 38)]

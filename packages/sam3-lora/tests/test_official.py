@@ -120,7 +120,7 @@ def test_the_published_file_needs_no_config() -> None:
         for name, (shape, dtype) in facts["official"].items()
     }
     file = official.OfficialFile(Path("sam3.pt"), "flat", "official", "detector.", tensors)
-    assert official._is_published(file)
+    assert official.is_published(file)
     model = network.build_network(official.network_config(file), "meta")
     official.check_fit(file, model.state_dict())
     model.load_state_dict(file.state, strict=True, assign=True)

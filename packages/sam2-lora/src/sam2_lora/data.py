@@ -10,9 +10,9 @@ not change it.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,9 +22,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from lora_core.errors import printable
+from lora_core.pictures import survey
 from lora_core.pictures.files import read_image
 from lora_core.pictures.masks import Object, Size, resized
 from lora_core.pictures.reading import Reading
+from lora_core.pictures.survey import Surveyed, left_out, remarks, without
 from lora_core.report import table
 from lora_core.training.loading import retried
 from lora_core.validate import Bad
@@ -33,20 +35,7 @@ from sam2_lora.formats import SPLITS
 from sam2_lora.image import preprocess, to_model_boxes, to_model_points
 from sam2_lora.prompts import Mask, box_of, jittered, random_pixel
 from sam2_lora.records import Record
-from sam2_lora.survey import (
-    Counts,
-    Parts,
-    Surveyed,
-    counted,
-    file_length,
-    identity,
-    left_out,
-    objects_of,
-    read_parts,
-    remarks,
-    settled,
-    without,
-)
+from sam2_lora.survey import Counts, Parts, counted, looking, objects_of, read_parts, settled
 
 MAX_LISTED = 20  # classes in the printed table
 
@@ -300,14 +289,8 @@ def fingerprint(splits: Splits) -> str:
     Raises:
         DataError: a file that was there is gone.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    for name, records in (("train", splits.train.records), ("val", splits.val.records)):
-        digest.update(f"{name} {len(records)}\n".encode())
-        for record in records:
-            lengths = [file_length(path) for path in (record.image, record.mask) if path]
-            line = f"{record.key}\0{lengths}\0{identity(record)}\n"
-            digest.update(line.encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
+    parts = {"train": splits.train.records, "val": splits.val.records}
+    return survey.fingerprint(parts, looking(splits.train.cfg))
 
 
 def load(cfg: Config, share: Callable[[Callable[[], Any]], Any] = lambda make: make()) -> Splits:
@@ -337,7 +320,7 @@ def load(cfg: Config, share: Callable[[Callable[[], Any]], Any] = lambda make: m
         parts, _, reading = read_parts(cfg, tuple(SPLITS))
         here.append((parts, reading))
     parts, reading = here[0]
-    parts = without(parts, bad, facts, cfg)
+    parts = without(parts, bad, facts, Path(cfg.data_root))
     counts = counted(parts, facts, cfg)
     notes = reading.said() + remarks(parts) + left_out(bad)
     if cfg.loss == "legacy":
@@ -362,6 +345,6 @@ def load_split(cfg: Config, split: str) -> EvalSet | None:
         return None
     parts = {split: parts[split]}
     facts, bad = settled(parts, [one for one in known if one.split == split], cfg)
-    parts = without(parts, bad, facts, cfg)
+    parts = without(parts, bad, facts, Path(cfg.data_root))
     counted(parts, facts, cfg)
     return EvalSet(parts[split], cfg, reading.said() + left_out(bad))

@@ -7,12 +7,8 @@ the live adapted model.
 
 from __future__ import annotations
 
-import glob
 import json
-import os
 import shutil
-import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,9 +18,19 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from lora_core.errors import CheckpointError, ConfigError, NumericError, one_line
+from lora_core.base_file import SUFFIXES, WEIGHTS
+from lora_core.errors import CheckpointError, ConfigError, NumericError
+from lora_core.merged_file import (
+    check_written,
+    exact,
+    move,
+    private_folder,
+    refuse_existing,
+    same_bits,
+    write_tensors,
+)
 from lora_core.merging import merged_state_dict
-from lora_core.tensor_file import atomic_write, safetensors_bytes
+from lora_core.tensor_file import atomic_write
 from sam2_lora.model import (
     base_fingerprint,
     decode,
@@ -34,13 +40,12 @@ from sam2_lora.model import (
     set_image_size,
 )
 from sam2_lora.names import is_video, module_to_official, to_transformers
-from sam2_lora.official import SUFFIXES, OfficialFile, read_official, write_official
+from sam2_lora.official import OfficialFile, read_official, write_official
 
 if TYPE_CHECKING:
     from transformers import Sam2Model
 
 TOLERANCE = 1e-4  # largest difference of a mask logit, in float32
-STALE = 86400  # seconds after which an unverified file belongs to a merge that died
 PROBE = (128, 128)  # pixels: the weights are the same at every size, and this one is cheap
 
 
@@ -66,33 +71,6 @@ class Merged:
             f"{self.path}: {self.tensors} tensors, {self.changed} of them changed; read back, its "
             f"mask logits differ from the adapted model by at most: {kinds}"
         )
-
-
-def refuse_existing(output: Path, overwrite: bool) -> None:
-    """Never destroy an earlier result by accident.
-
-    Raises:
-        ConfigError: there is something at `output`; or `overwrite` would delete more than a model.
-    """
-    if output.exists() and not overwrite:
-        raise ConfigError(f"{output.absolute()} exists: choose another --output or add --overwrite")
-    if not output.is_dir():
-        return
-    if output.suffix in SUFFIXES:
-        raise ConfigError(f"{output.absolute()} is a folder: choose another --output")
-    strange = sorted(path.name for path in output.iterdir() if not _of_a_model(path))
-    if strange:
-        raise ConfigError(
-            f"{output.absolute()} holds {one_line(strange[0])!r}, which is not replaced: choose "
-            "another --output, or remove it first"
-        )
-
-
-def _of_a_model(path: Path) -> bool:
-    """Whether a merge may have written it: a transformers folder holds its tensors and JSON."""
-    return path.is_file() and (
-        path.name == "model.safetensors" or (path.suffix == ".json" and "adapter" not in path.name)
-    )
 
 
 def export(
@@ -130,41 +108,20 @@ def export(
     if output.suffix not in SUFFIXES and base.format != "transformers":
         merged = replace(merged, tensors=merged.image)  # a new folder is a Sam2Model
     # Read back in another place: the real one is for verified files only.
-    with _private_folder(output) as folder:
+    with private_folder(output) as folder:
         trial = folder / output.name
         _write(trial, merged, base)
         found = read_official(trial)
         changed = _check_tensors(found, merged, base)
         difference = compare(model, from_file(found))
         rounded = any(t.is_floating_point() and t.itemsize < 4 for t in merged.image.values())
-        if not rounded and not max(difference.values()) <= TOLERANCE:
+        if not rounded and not all(value <= TOLERANCE for value in difference.values()):
             raise NumericError(
                 f"the merged file gives other masks than the adapted model: {difference}, allowed "
                 f"{TOLERANCE}. It was not kept"
             )
-        _move(_parts(trial, base), parts)
+        move(_parts(trial, base), parts)
     return Merged(output, len(found.tensors), changed, difference)
-
-
-@contextmanager
-def _private_folder(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that only this user can enter; it goes in the end, as do old ones.
-
-    Raises:
-        CheckpointError: it, or something in it, cannot be written.
-    """
-    start = f".unverified-{output.name[:60]}-"
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        for left in output.parent.glob(f"{glob.escape(start)}????????"):
-            old = time.time() - left.lstat().st_mtime > STALE
-            if old and left.is_dir() and not left.is_symlink():
-                shutil.rmtree(left, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix=start, dir=output.parent) as folder:
-            yield Path(folder)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise CheckpointError(f"cannot write {output.absolute()}: {reason}") from error
 
 
 def merged_file(
@@ -194,8 +151,7 @@ def _write(path: Path, merged: OfficialFile, base: OfficialFile) -> None:
             with atomic_write(config) as file:
                 file.write(json.dumps(base.variant.config, indent=2).encode())
         return
-    with atomic_write(path / "model.safetensors") as file:
-        file.write(safetensors_bytes(to_transformers(merged.tensors), {"format": "pt"}))
+    write_tensors(path / WEIGHTS, to_transformers(merged.tensors))
     if base.format == "transformers":
         for config in sorted(base.path.glob("*.json")):
             shutil.copyfile(config, path / config.name)
@@ -212,41 +168,18 @@ def _parts(path: Path, base: OfficialFile) -> list[Path]:
     return [path.with_suffix(".json"), path] if custom else [path]
 
 
-def _move(sources: list[Path], targets: list[Path]) -> None:
-    for source, target in zip(sources, targets, strict=True):
-        if target.is_dir():
-            _remove([target])  # a folder cannot be replaced in one step
-        os.replace(source, target)
-
-
-def _remove(parts: list[Path]) -> None:
-    for part in parts:
-        if part.is_dir() and not part.is_symlink():
-            shutil.rmtree(part)
-        else:
-            part.unlink(missing_ok=True)
-
-
 # -- verifying -----------------------------------------------------------------------------------
 
 
 def _check_tensors(found: OfficialFile, merged: OfficialFile, base: OfficialFile) -> int:
     """Compare the file read back with what was meant and with the base; count changed tensors."""
-    if found.tensors.keys() != merged.tensors.keys():
-        raise NumericError(f"{found.path}: read back with other tensors than were written")
+    check_written(found.path, found.tensors, merged.tensors)
     changed = 0
     for name, tensor in found.tensors.items():
-        if not _same_bits(tensor, merged.tensors[name]):
-            raise NumericError(f"{found.path}: {name} was read back with other values")
-        if is_video(name) and not _same_bits(tensor, base.tensors[name]):
+        if is_video(name) and not same_bits(tensor, base.tensors[name]):
             raise NumericError(f"{found.path}: the adapter changed {name} of the video memory")
         changed += not torch.equal(tensor, base.tensors[name].to(tensor.dtype))
     return changed
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    raw = (t.detach().cpu().contiguous().flatten().view(torch.uint8) for t in (a, b))
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*raw)
 
 
 def compare(model: Sam2Model, other: Sam2Model) -> dict[str, float]:
@@ -269,7 +202,7 @@ def _probe(model: Sam2Model) -> dict[str, Tensor]:
     clicks = torch.tensor([[[0.4, 0.6], [0.7, 0.2]]], device=device) * width
     box = torch.tensor([[0.2, 0.3, 0.8, 0.9]], device=device) * width
     labels = torch.tensor([[1, 0]], device=device)
-    with _exact(model):
+    with _at_probe_size(model):
         features = encode(model, picture)
         click = decode(model, features, image, points=clicks[:, :1])
         boxed = decode(model, features, image, boxes=box, multimask=False)
@@ -280,23 +213,12 @@ def _probe(model: Sam2Model) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _exact(model: Sam2Model) -> Iterator[None]:
-    """Evaluation mode, the probe's size, true float32, no gradient; all put back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    size, device = image_size(model), next(model.parameters()).device
-    # TF32 rounds products to 10 bits, which is more than the tolerance.
-    switches = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
-    kept = [switch.fp32_precision for switch in switches]
+def _at_probe_size(model: Sam2Model) -> Iterator[None]:
+    """The probe's image size and exact arithmetic; all put back afterwards."""
+    size = image_size(model)
     try:
-        model.eval()
         set_image_size(model, PROBE)
-        for switch in switches:
-            switch.fp32_precision = "ieee"
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with exact(model):
             yield
     finally:
-        for switch, value in zip(switches, kept, strict=True):
-            switch.fp32_precision = value
         set_image_size(model, size)
-        for module, mode in modes.items():
-            module.training = mode

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lora_core.config import option, parse
-from lora_core.errors import CheckpointError, ConfigError
+from lora_core.errors import CheckpointError
 from lora_core.preflight import writable
 from lora_core.report import say
 
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from transformers import Sam2Model
 
     from sam2_lora.export import Merged
-
-
-LARGEST = 2**32  # bytes of an adapter, of whose base nothing is known yet
 
 
 @dataclass
@@ -62,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Merge an adapter into its base model.",
     )
     writable(Path(options.output).absolute().parent, "--output")
-    from sam2_lora.export import export, refuse_existing
+    from lora_core.merged_file import refuse_existing
+    from sam2_lora.export import export
     from sam2_lora.model import load
 
     refuse_existing(Path(options.output), options.overwrite)
@@ -76,14 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _recorded_base(adapter: str) -> Path:
     """The base file whose name the adapter holds, if it lies in one of the usual places."""
-    from lora_core.adapters.file import read_adapter
+    from lora_core.merged_file import recorded_base
     from sam2_lora.official import find_checkpoint
 
-    base = read_adapter(adapter, LARGEST).metadata.get("base")
-    if not isinstance(base, dict) or not isinstance(base.get("file"), str):
-        raise ConfigError(f"{adapter} does not say what it was trained on: add --checkpoint FILE")
+    base = recorded_base(adapter)
     try:
-        return find_checkpoint(base["file"])
+        return find_checkpoint(base)
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}\n{adapter} was trained on it: add --checkpoint FILE"

@@ -6,14 +6,14 @@ How it is run is in `forward`, whose names are here too.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_core import preflight
+from lora_core import base_file, preflight
 from lora_core.adapters import file as adapter_file
 from lora_core.adapters.match import size_limit
 from lora_core.cache import fingerprint
@@ -91,12 +91,10 @@ def load(
     """
     path = official.find_checkpoint(checkpoint)
     model = from_file(official.read_official(path))
-    if path.name != Path(checkpoint).name:  # the hub's cache has other names
-        repository = str(checkpoint).partition("@")[0]
-        model.sam2_base = replace(model.sam2_base, name=f"{repository}@{path.name}")
+    model.sam2_base = replace(model.sam2_base, name=base_file.lasting_name(checkpoint, path))
     if adapter is not None:
         metadata = load_adapter(model, adapter, allow_partial)
-        size = size or _trained_size(metadata)
+        size = size or base_file.recorded_size(metadata)
     if size is not None:
         set_image_size(model, size)
     return model.eval()
@@ -110,7 +108,7 @@ def from_file(file: official.OfficialFile) -> Sam2Model:
     """
     model = network(file.variant)
     official.check_fit(file, names.to_official(model.state_dict()))
-    _refuse_nan(file)
+    base_file.refuse_nan(file.path, file.image)
     state = names.to_transformers(file.image)
     # A copy each, so that the two positional matrices are two tensors.
     state = {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}
@@ -157,19 +155,6 @@ def glance(cfg: Config) -> None:
         raise CheckpointError(f"--adapter {Path(cfg.adapter).absolute()} does not exist")
     if official.find_local(cfg.checkpoint):
         skeleton(cfg)
-
-
-def _refuse_nan(file: official.OfficialFile) -> None:
-    bad = [
-        name
-        for name, tensor in file.image.items()
-        if tensor.is_floating_point() and not tensor.isfinite().all()
-    ]
-    if bad:
-        raise CheckpointError(
-            f"{file.path}: {len(bad)} tensors hold NaN or infinite values ({', '.join(bad[:5])}): "
-            "copy or download it again"
-        )
 
 
 def base_fingerprint(file: official.OfficialFile) -> str:
@@ -226,7 +211,9 @@ def load_adapter(model: Sam2Model, path: str | Path, allow_partial: bool = False
         CheckpointError: unusable file, or the adapter of another base.
     """
     file = adapter_file.read_adapter(path, size_limit(model))
-    check_base(model, path, file.metadata)
+    base = model.sam2_base
+    here = f"{base.path} ({base.variant})"
+    base_file.refuse_other_base(path, file.metadata, here, base.fingerprint)
     alpha = None if file.config else Config.lora_alpha
     adapter_file.load_adapter(
         model,
@@ -238,27 +225,3 @@ def load_adapter(model: Sam2Model, path: str | Path, allow_partial: bool = False
     if alpha is not None:
         say(f"{path} holds tensors only: lora_alpha is taken to be {alpha}, the default")
     return file.metadata
-
-
-def check_base(model: Sam2Model, path: str | Path, metadata: Mapping[str, Any]) -> None:
-    """Refuse an adapter that was trained on other weights; without a record there is no check.
-
-    Raises:
-        CheckpointError: the fingerprints differ.
-    """
-    trained, base = metadata.get("base"), model.sam2_base
-    if not isinstance(trained, Mapping) or base.fingerprint is None:
-        return
-    if trained.get("fingerprint") in (None, base.fingerprint):
-        return
-    raise CheckpointError(
-        f"{path} was trained on {trained.get('file')} ({trained.get('variant')}), whose weights "
-        f"differ from those of {base.path} ({base.variant}): pass its own base as --checkpoint"
-    )
-
-
-def _trained_size(metadata: Mapping[str, Any]) -> tuple[int, int] | None:
-    size = metadata.get("image_size")
-    if isinstance(size, Sequence) and len(size) == 2 and all(isinstance(n, int) for n in size):
-        return size[0], size[1]
-    return None

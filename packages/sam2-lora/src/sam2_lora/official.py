@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lora_core import base_file
 from lora_core.errors import CheckpointError
+from lora_core.merged_file import write_tensors
 from lora_core.report import say
-from lora_core.tensor_file import atomic_write, plain, safetensors_bytes
 from sam2_lora.names import is_video, key_map, to_official
 
 # -- variants ------------------------------------------------------------------------------------
@@ -250,14 +249,5 @@ def write_official(path: str | Path, tensors: Mapping[str, Tensor]) -> Path:
     size needs its config beside it: see `read_official`.
     """
     path = Path(path)
-    with atomic_write(path) as file:
-        if path.suffix == ".safetensors":
-            file.write(safetensors_bytes(tensors, {"format": "pt"}))
-        else:
-            torch.save({"model": {k: _compact(plain(t)) for k, t in tensors.items()}}, file)
+    write_tensors(path, tensors, wrapped=True)
     return path
-
-
-def _compact(tensor: Tensor) -> Tensor:
-    """The tensor with a storage of its own size: a view drags its whole storage into the file."""
-    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
-import numpy as np
 import PIL
 
-from lora_core.errors import ConfigError, DataError, one_line
+from lora_core.errors import ConfigError, DataError
+from lora_core.pictures import survey
 from lora_core.pictures.files import SUFFIXES, read_image
 from lora_core.pictures.masks import Object, components, union
 from lora_core.pictures.reading import Reading
-from lora_core.validate import REPORT, Bad, samples, stop_or_skip, validate
+from lora_core.pictures.survey import Facts, Surveyed, digest_of
+from lora_core.validate import REPORT, Bad
 from sam2_lora.config import Config
 from sam2_lora.formats import SPLITS, find, read
 from sam2_lora.records import Record
 
 Parts = dict[str, list[Record]]  # by split: "train", "val", "test"
-Facts = Mapping[str, Any]  # {"objects": {class: count}, "small": count}
-Surveyed: TypeAlias = dict[tuple[str, str], Facts]  # by split and key: splits may share pictures
 
 
 class Found(NamedTuple):
@@ -77,7 +76,8 @@ def count(facts: Iterable[Facts]) -> Counts:
 
 
 def look(record: Record, cfg: Config) -> dict[str, Any]:
-    """Decode a picture and all that is annotated on it, wholly; give facts about it.
+    """Decode a picture and all that is annotated on it, wholly; give facts about it:
+    {"objects": {class: count}, "small": count}.
 
     Raises:
         DataError: anything cannot be decoded, or does not fit; a line for each.
@@ -100,27 +100,19 @@ def look(record: Record, cfg: Config) -> dict[str, Any]:
     }
 
 
+def looking(cfg: Config) -> survey.Look[Record]:
+    """How records are looked at with these settings."""
+    return survey.Look(
+        at=lambda record: look(record, cfg),
+        kind=f"sam2 record 3 {cfg.objects} {cfg.min_object_area} PIL {PIL.__version__}",
+        files=files_of,
+        identity=identity,
+    )
+
+
 def look_at(parts: Mapping[str, Sequence[Record]], cfg: Config) -> tuple[Surveyed, list[Bad]]:
     """Facts of every good record, and the bad ones."""
-    pairs = [(split, record) for split, records in parts.items() for record in records]
-    outcomes = validate(
-        pairs,
-        lambda pair: look(pair[1], cfg),
-        kind=f"sam2 record 3 {cfg.objects} {cfg.min_object_area} PIL {PIL.__version__}",
-        root=Path(cfg.data_root),
-        files=lambda pair: [path for path in (pair[1].image, pair[1].mask) if path],
-        name=lambda pair: str(pair[1].image),
-        content=lambda pair: identity(pair[1]),
-        what="pictures and annotations",
-    )
-    facts: Surveyed = {}
-    bad = []
-    for (split, record), outcome in zip(pairs, outcomes, strict=True):
-        if outcome.problem:
-            bad.append(Bad(split, record.key, outcome.problem))
-        else:
-            facts[split, record.key] = outcome.value
-    return facts, bad
+    return survey.look_at(parts, looking(cfg), Path(cfg.data_root))
 
 
 # -- stopping, or going on with the rest -----------------------------------------------------------
@@ -132,35 +124,9 @@ def settled(parts: Parts, known: list[Bad], cfg: Config) -> tuple[Surveyed, list
     Raises:
         DataError: there are bad ones, and they may not be left out.
     """
-    facts, found = look_at(parts, cfg)
-    for one in known:
-        facts.pop((one.split, one.sample), None)
-    bad = [*known, *found]
-    good = Counter(split for split, _ in facts)
-    root = Path(cfg.data_root)
     report = None if cfg.dry_run else Path(cfg.output_dir) / REPORT
-    stop_or_skip(bad, good, cfg.on_bad_sample, cfg.max_bad_fraction, root, report)
-    return facts, bad
-
-
-def without(parts: Parts, bad: Sequence[Bad], facts: Surveyed, cfg: Config) -> Parts:
-    """The records without the bad ones.
-
-    Raises:
-        DataError: a record that the first process has not looked at.
-    """
-    gone = samples(bad)
-    parts = {
-        split: [record for record in records if (split, record.key) not in gone]
-        for split, records in parts.items()
-    }
-    here = {(split, record.key) for split, records in parts.items() for record in records}
-    if other := sorted(here ^ facts.keys()):
-        raise DataError(
-            f"{Path(cfg.data_root).absolute()}: not the pictures that the first process of the run "
-            f"sees: {len(other)} differ, such as {other[0][1]}; all machines need the same data set"
-        )
-    return parts
+    rules = survey.Rules(Path(cfg.data_root), cfg.on_bad_sample, cfg.max_bad_fraction, report)
+    return survey.settled(parts, known, looking(cfg), rules)
 
 
 def counted(parts: Parts, facts: Surveyed, cfg: Config) -> dict[str, Counts]:
@@ -186,30 +152,6 @@ def counted(parts: Parts, facts: Surveyed, cfg: Config) -> dict[str, Counts]:
     return counts
 
 
-def left_out(bad: Sequence[Bad]) -> list[str]:
-    """A line for each split with bad samples."""
-    per_split = Counter(split for split, _ in samples(bad))
-    first = {one.split: one.reason.splitlines()[0] for one in reversed(bad)}
-    return [
-        f"{number} bad samples of {split} are left out, the first: {first[split]}"
-        for split, number in per_split.items()
-    ]
-
-
-def remarks(parts: Parts) -> list[str]:
-    """What to be careful about."""
-    found = []
-    for name in ("val", "test"):
-        keys = doubles(parts.get(name, []), parts["train"])
-        if keys:
-            found.append(
-                f"{len(keys)} pictures of {name} are in train too, so that its scores flatter: "
-                + ", ".join(keys[:3])
-                + (", ..." if len(keys) > 3 else "")
-            )
-    return found
-
-
 # -- identity --------------------------------------------------------------------------------------
 
 
@@ -218,40 +160,13 @@ def identity(record: Record) -> str:
 
     It covers the picture's size and its annotations as they were read, not the content of files.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    _add(digest, [*record.size, record.mask_kind, record.merged])
-    for shape in record.shapes:
-        _add(digest, [shape.kind, shape.label, shape.data])
-    return digest.hexdigest()
+    shapes = [[shape.kind, shape.label, shape.data] for shape in record.shapes]
+    return digest_of([*record.size, record.mask_kind, record.merged], *shapes)
 
 
-def file_length(path: Path) -> int:
-    """Bytes of a file.
-
-    Raises:
-        DataError: it is gone.
-    """
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise DataError(f"{one_line(path.absolute())}: {error.strerror}") from error
-
-
-def _add(digest: hashlib.blake2b, value: Any) -> None:
-    """Add lists, tuples, arrays, numbers and text; type and length keep them apart."""
-    if isinstance(value, np.ndarray):
-        digest.update(f"{value.dtype}{value.shape}".encode())
-        digest.update(np.ascontiguousarray(value).data)
-    elif isinstance(value, list | tuple):
-        digest.update(f"[{len(value)}".encode())
-        if len(value) > 32 and all(type(item) is int for item in value):  # run lengths: quick
-            digest.update(repr(value).encode())
-            return
-        for item in value:
-            _add(digest, item)
-    else:
-        text = repr(value).encode("utf-8", "surrogateescape")
-        digest.update(f"{len(text)}:".encode() + text)
+def files_of(record: Record) -> list[Path]:
+    """The picture, and the mask file if there is one."""
+    return [path for path in (record.image, record.mask) if path]
 
 
 # -- splits ----------------------------------------------------------------------------------------
@@ -350,41 +265,3 @@ def subset(records: Sequence[Record], count: int) -> list[Record]:
     """The `count` records whose names rank first, in their order; smaller subsets lie in larger."""
     chosen = {record.key for record in sorted(records, key=rank)[:count]}
     return [record for record in records if record.key in chosen]
-
-
-def doubles(some: Sequence[Record], others: Sequence[Record]) -> list[str]:
-    """Keys of `some` whose picture is, byte for byte, among `others` too.
-
-    What does not agree in length is never opened, what does not begin alike never read wholly.
-    """
-    for fingerprint in (_length, _beginning, _content):
-        mine, theirs = [[fingerprint(r) for r in records] for records in (some, others)]
-        both = set(mine) & set(theirs)
-        some = [record for record, mark in zip(some, mine, strict=True) if mark in both]
-        others = [record for record, mark in zip(others, theirs, strict=True) if mark in both]
-    return [record.key for record in some]
-
-
-def _length(record: Record) -> object:
-    return _read(record, lambda path: path.stat().st_size)
-
-
-def _beginning(record: Record) -> object:
-    return _read(record, lambda path: _head(path, 2**12))
-
-
-def _content(record: Record) -> object:
-    return _read(record, lambda path: hashlib.sha256(path.read_bytes()).digest())
-
-
-def _head(path: Path, size: int) -> bytes:
-    with path.open("rb") as file:
-        return file.read(size)
-
-
-def _read(record: Record, get: Callable[[Path], object]) -> object:
-    """What `get` gives; of a file that is gone meanwhile, something that equals nothing else."""
-    try:
-        return get(record.image)
-    except OSError:
-        return object()

@@ -130,6 +130,10 @@ class Dataset:
         10, "Absent categories asked for per validation picture; a fixed choice."
     )
     phrase: str = option("object", "What is asked for where a file has no categories.")
+    prompts: list[str] = option(
+        [],
+        "What to ask for instead of a category's name, each as id=phrase or name=phrase.",
+    )
     clean_names: bool = option(
         True, "Write spaces for the underscores and hyphens of category names."
     )
@@ -172,6 +176,10 @@ class Dataset:
             yield f"--dataset.num_workers is {shown(self.num_workers)}: it must be 0 to 1024"
         if (self.val_img_folder is None) != (self.val_ann_file is None):
             yield "--dataset.val_img_folder and --dataset.val_ann_file: give both, or neither"
+        for prompt in self.prompts:
+            category, _, phrase = prompt.partition("=")
+            if not category.strip() or not phrase.strip():
+                yield f"--dataset.prompts {shown(prompt)}: expected id=phrase or name=phrase"
         if not self.phrase.strip():
             yield "--dataset.phrase is empty: say what the objects are called"
 

@@ -7,31 +7,23 @@ GPUs; transformers has names of its own. Only the detector is used, and all of i
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from lora_core import base_file
 from lora_core.errors import CheckpointError
-from lora_core.report import say
-from lora_core.tensor_file import open_checkpoint, read_safetensors, read_torch
 from sam3_lora import names
 from sam3_lora.network import build_network
 
 if TYPE_CHECKING:
     from transformers import Sam3Config
 
-CONFIG_LIMIT = 10_000_000  # bytes of a model's settings
-SUFFIXES = {".pt", ".pth", ".torch", ".safetensors"}
-WEIGHTS = ("model.safetensors", "sam3.pt")  # in a model folder, the first that is there
+WEIGHTS = (base_file.WEIGHTS, "sam3.pt")  # in a model folder, the first that is there
 WHERE = "https://huggingface.co/facebook/sam3 (ask for access there)"
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w.-]+)?")
 _PARTS = (
     "vision_config",
     "text_config",
@@ -72,7 +64,7 @@ class OfficialFile:
         return {
             name.removeprefix(self.prefix): tensor
             for name, tensor in self.tensors.items()
-            if name.startswith(self.prefix) and not _of_tracker(name)
+            if name.startswith(self.prefix) and not of_tracker(name)
         }
 
     @property
@@ -91,7 +83,8 @@ def find_checkpoint(name: str | Path) -> Path:
     Raises:
         CheckpointError: nothing there; the message has the absolute path that was tried.
     """
-    return find_local(name) or _download(str(name))
+    # With the tokenizer's files; the hub has the official file as well, with the same tensors.
+    return find_local(name) or base_file.from_hub(str(name), ["*.json", "*.txt", WEIGHTS[0]])
 
 
 def find_local(name: str | Path) -> Path | None:
@@ -100,47 +93,8 @@ def find_local(name: str | Path) -> Path | None:
     Raises:
         CheckpointError: nothing there.
     """
-    path = Path(name)
-    if os.path.exists(path):  # False also for a name that is too long
-        return path
-    if _HUB_ID.fullmatch(str(name)) and path.suffix not in SUFFIXES:
-        return None
-    hint = f". Get it from {WHERE}" if path.name == "sam3.pt" else ""
-    raise CheckpointError(f"no checkpoint {name}: looked at {path.absolute()}{hint}")
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    repository, _, revision = name.partition("@")
-    wanted = ["*.json", "*.txt", WEIGHTS[0]]  # with the tokenizer's files
-    try:
-        folder = Path(
-            snapshot_download(repository, revision=revision or None, allow_patterns=wanted)
-        )
-    except Exception as error:  # network, rights, unknown name: all end the same way
-        first = str(error).strip().partition("\n")[0]
-        raise CheckpointError(
-            f"{name}: no such local folder, and the hub gave none ({type(error).__name__}: {first})"
-        ) from error
-    _check_blob(folder / WEIGHTS[0])
-    if revision != folder.name:
-        say(f"{name} is now {repository}@{folder.name}: with this name it stays the same model")
-    return folder
-
-
-def _check_blob(path: Path) -> None:
-    """Compare a file in the hub's cache with its SHA-256, by which the cache names it."""
-    name = path.resolve().name
-    if not path.is_file() or not re.fullmatch("[0-9a-f]{64}", name):
-        return  # `read_official` says what is missing; without links the cache has no such names
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != name:
-        raise CheckpointError(
-            f"{path} is not what the hub has: its SHA-256 is {found}, expected {name}. Delete "
-            f"{path.resolve()} to download it again"
-        )
+    hint = f". Get it from {WHERE}" if Path(name).name == "sam3.pt" else ""
+    return base_file.find_local(name, where_to_get=hint)
 
 
 # -- reading -------------------------------------------------------------------------------------
@@ -172,7 +126,7 @@ def read_official(path: str | Path, device: str = "cpu") -> OfficialFile:
     """
     path = Path(path)
     weights = _weights_in(path) if path.is_dir() else path
-    tensors, kind = _read_tensors(weights, device)
+    tensors, kind = base_file.read_tensors(weights, device)
     prefix, scheme = _packing(weights, tensors)
     beside = path / "config.json" if path.is_dir() else path.with_suffix(".json")
     file = OfficialFile(path, "folder" if path.is_dir() else kind, scheme, prefix, tensors)
@@ -180,7 +134,7 @@ def read_official(path: str | Path, device: str = "cpu") -> OfficialFile:
         return OfficialFile(
             path, file.format, scheme, prefix, tensors, _read_settings(beside), beside
         )
-    if not _is_published(file):
+    if not is_published(file):
         raise CheckpointError(
             f"{path}: a SAM 3 of another size than the published one: put its Sam3Config beside "
             f"it as {beside.name}"
@@ -192,36 +146,7 @@ def _weights_in(folder: Path) -> Path:
     for name in WEIGHTS:
         if (folder / name).is_file():
             return folder / name
-    there = sorted(entry.name for entry in folder.iterdir())
-    text = f"{folder.absolute()}: a model folder needs {' or '.join(WEIGHTS)}; here is: "
-    text += ", ".join(there[:8]) or "nothing"
-    if "adapter_config.json" in there:
-        text += ". This is a LoRA adapter: pass its base here"
-    if any(name.endswith(".index.json") for name in there):
-        text += ". Models in several shards are not read: save it as one model.safetensors"
-    if "pytorch_model.bin" in there:
-        text += ". Pickled weights are not read: save them as model.safetensors"
-    raise CheckpointError(text)
-
-
-def _read_tensors(path: Path, device: str) -> tuple[dict[str, Tensor], str]:
-    if path.suffix == ".safetensors":
-        tensors, _ = read_safetensors(path, device=device)
-        return dict(sorted(tensors.items())), "safetensors"  # else unordered
-    content = read_torch(path, device=device)
-    if isinstance(content, dict) and {"format", "tensors"} <= content.keys():
-        raise CheckpointError(
-            f"{path} is a LoRA adapter, not a base model: pass the checkpoint it was trained on"
-        )
-    kind = "pt" if isinstance(content, dict) and isinstance(content.get("model"), dict) else "flat"
-    state = content["model"] if kind == "pt" else content
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        entries = content if isinstance(content, dict) else {type(content).__name__: None}
-        raise CheckpointError(
-            f'{path}: expected a state dict, or {{"model": state dict}}; found: '
-            f"{', '.join(map(str, list(entries)[:5]))}"
-        )
-    return dict(state), kind
+    raise base_file.no_model_folder(folder, " or ".join(WEIGHTS))
 
 
 def _packing(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, str]:
@@ -247,11 +172,13 @@ def _packing(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, str]:
     return prefix, "official" if official > other else "transformers"
 
 
-def _of_tracker(name: str) -> bool:
+def of_tracker(name: str) -> bool:
+    """Whether a tensor, by its name in the file, belongs to the video tracker."""
     return name.removeprefix("module.").startswith(_TRACKER)
 
 
-def _is_published(file: OfficialFile) -> bool:
+def is_published(file: OfficialFile) -> bool:
+    """Whether the tensors are of the one published size."""
     state = file.state
     stem = state.get("vision_encoder.backbone.embeddings.patch_embeddings.projection.weight")
     blocks = {n.split(".")[3] for n in state if n.startswith("vision_encoder.backbone.layers.")}
@@ -260,17 +187,10 @@ def _is_published(file: OfficialFile) -> bool:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     """The detector's part of a `Sam3Config` or `Sam3VideoConfig` in JSON."""
-    try:
-        with open_checkpoint(path, CONFIG_LIMIT) as file:
-            content = json.loads(file.read().decode("utf-8-sig"))
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise CheckpointError(f"{path} is no readable JSON: {reason}") from error
-    if isinstance(content, dict) and isinstance(content.get("detector_config"), dict):
+    content = base_file.read_settings(path)
+    if isinstance(content.get("detector_config"), dict):
         content = content["detector_config"]
-    if not isinstance(content, dict) or not isinstance(content.get("vision_config"), dict):
+    if not isinstance(content.get("vision_config"), dict):
         raise CheckpointError(f"{path}: no Sam3Config (it has no vision_config)")
     return {part: content[part] for part in _PARTS if isinstance(content.get(part), dict)}
 
@@ -304,28 +224,12 @@ def check_fit(file: OfficialFile, expected: Mapping[str, Tensor]) -> None:
     """
     found = file.detector
     wanted = names.to_official(expected) if file.scheme == "official" else dict(expected)
-    missing = [name for name in wanted if name not in found]
     extra = [file.prefix + n for n in found if n not in wanted and not names.is_unused(n)]
-    extra += [n for n in file.tensors if not n.startswith(file.prefix) and not _of_tracker(n)]
-    shapes = [
-        f"{name} {list(found[name].shape)} instead of {list(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in found and found[name].shape != tensor.shape
-    ]
-    if not (missing or extra or shapes):
-        return
-    matched = len(wanted) - len(missing) - len(shapes)
+    extra += [n for n in file.tensors if not n.startswith(file.prefix) and not of_tracker(n)]
     source = f"the model of {file.config}" if file.config else "the published SAM 3"
-    lines = [f"{file.path}: {matched} of {len(wanted)} tensors matched {source}"]
-    missing = [file.prefix + name for name in missing]
-    for what, wrong in (("missing", missing), ("unexpected", extra), ("other shape", shapes)):
-        if wrong:
-            lines.append(f"  {len(wrong)} {what}: {_some(wrong)}")
-    raise CheckpointError("\n".join(lines))
-
-
-def _some(items: Iterable[str], limit: int = 5) -> str:
-    return ", ".join(list(items)[:limit])
+    base_file.refuse_misfit(
+        file.path, source, found, wanted, extra, spelled=lambda name: file.prefix + name
+    )
 
 
 def to_official(file: OfficialFile, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -346,10 +250,27 @@ def to_official(file: OfficialFile, state: Mapping[str, Tensor]) -> dict[str, Te
     placed = {file.prefix + name: tensor for name, tensor in changed.items()}
     strangers = [name for name in placed if name not in file.tensors]
     if strangers:
-        raise CheckpointError(f"{file.path} has no tensors {_some(strangers)}")
+        raise CheckpointError(f"{file.path} has no tensors {base_file.some(strangers)}")
     unread = file.prefix + names.POSITIONS[0]
     if official and unread in placed:  # its entry 0 is nowhere in the network
         base, new = file.tensors[unread], placed[unread].clone()
         new[:, :1] = base[:, :1]
         placed[unread] = new
     return {name: placed.get(name, tensor) for name, tensor in file.tensors.items()}
+
+
+def published_names(file: OfficialFile) -> dict[str, Tensor]:
+    """The content of a file under the names of the published one, which official programs read.
+
+    The detector is under `detector.` and the tracker under `tracker.`. Of a file with transformers'
+    names the detector alone: the tracker's names differ there.
+    """
+    if file.scheme == "transformers":
+        tensors = names.to_official(file.detector)
+        return {_DETECTOR[0] + name: tensor for name, tensor in tensors.items()}
+    return {
+        name.removeprefix("module.")
+        if of_tracker(name)
+        else _DETECTOR[0] + name.removeprefix(file.prefix): tensor
+        for name, tensor in file.tensors.items()
+    }

@@ -36,12 +36,13 @@ ABSENT = (
     "hot air balloon", "igloo", "jellyfish", "kangaroo", "lawn mower", "lighthouse", "lobster",
     "merry-go-round", "octopus", "ostrich", "parachute", "peacock", "penguin", "pineapple",
     "pyramid", "rocking horse", "roller skate", "saxophone", "scarecrow", "snowman",
-    "space shuttle", "steam locomotive", "submarine", "totem pole", "unicycle", "volcano", "walrus", "windmill",
+    "space shuttle", "steam locomotive", "submarine", "totem pole", "unicycle", "volcano",
+    "walrus", "windmill",
 )  # fmt: skip
 
 
-class Phrases:
-    """Phrases as the network reads them, each encoded once.
+class EncodedPhrases:
+    """EncodedPhrases as the network reads them, each encoded once.
 
     Args:
         texts: all phrases that will be asked for.
@@ -67,7 +68,7 @@ def _lots(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 
 def asked(
-    network: Sam3Model, pixels: Tensor, texts: Sequence[str], phrases: Phrases, masks: bool
+    network: Sam3Model, pixels: Tensor, texts: Sequence[str], phrases: EncodedPhrases, masks: bool
 ) -> Iterator[tuple[Sequence[str], Outputs]]:
     """Ask one image for phrases; gives a few of them with their outputs at a time.
 
@@ -136,7 +137,7 @@ GATED = {
 
 @torch.no_grad()
 def score(
-    network: Sam3Model, records: Iterable[EvalRecord], phrases: Phrases, masks: bool
+    network: Sam3Model, records: Iterable[EvalRecord], phrases: EncodedPhrases, masks: bool
 ) -> Scores:
     """Run the network over pictures, in evaluation mode and under the caller's autocast."""
     scores = Scores(masks)
@@ -153,10 +154,11 @@ def score(
             found += detections(outputs, [record.size] * len(some), None, BEST_OF_IMAGE)
         # What neither mAP nor cgF1 looks at is dropped before masks are brought to full size.
         found = keep_best(found, BEST_OF_IMAGE, above=CONFIDENT)
-        for category, truth, objects in zip(record.categories, record.truth, found, strict=True):
+        asked_for = zip(record.categories, record.truth, record.exhaustive, found, strict=True)
+        for category, truth, exhaustive, objects in asked_for:
             rles = encode_masks(objects) if masks else None
             results = coco_records(objects, record.image_id, category, rles)
-            units.append(Unit(category, truth, results))
+            units.append(Unit(category, truth, results, exhaustive))
         scores.add(record.image_id, units)
     return scores
 
@@ -196,7 +198,7 @@ def false_positives(
     """
     spoken = {phrase.casefold() for phrase in known}
     texts = [text for text in concepts if text.casefold() not in spoken]
-    phrases = Phrases(network, tokenizer, texts)
+    phrases = EncodedPhrases(network, tokenizer, texts)
     best: list[float] = []
     for number, record in enumerate(records):
         if number == ABSENT_IMAGES:

@@ -190,6 +190,7 @@ class Picture(NamedTuple):
     key: str
     path: Path
     size: Size | None
+    item: dict[str, Any]  # the record as it was read
 
 
 def _pictures(
@@ -208,7 +209,7 @@ def _pictures(
             identity = _renamed(item).get("id")
             if not _is_id(identity):
                 raise DataError(f"its id is {shown(identity)}, expected a whole number or text")
-            found[identity] = Picture(where, file.path, None)
+            found[identity] = Picture(where, file.path, None, item)
             if not finite and (wrong := not_finite(item)):
                 raise DataError(wrong)
             path = inside(folder, item.get("file_name"), reading)
@@ -222,10 +223,10 @@ def _pictures(
     reading.measure(paths)
     for identity, item, path, where in named:
         key = key_of(path, reading.root)
-        found[identity] = Picture(key, path, None)
+        found[identity] = Picture(key, path, None, item)
         with reading.collecting(where, sample=key):
             size = reading.size_of(path, _declared(item), "it says")
-            found[identity] = Picture(key, path, size)
+            found[identity] = Picture(key, path, size, item)
     return found
 
 

@@ -28,6 +28,7 @@ class Reading:
     bad: list[tuple[str, str]] = field(default_factory=list)  # sample, what is wrong with it
     notes: Counter[str] = field(default_factory=Counter)  # what was passed over -> how often
     headers: dict[Path, Header | str] = field(default_factory=dict)  # or what is wrong
+    links_flag: str = "--follow_links"  # what a package calls `follow_links`
 
     @contextmanager
     def collecting(self, where: str = "", sample: str = "") -> Iterator[None]:
@@ -103,7 +104,7 @@ class Reading:
         if linked and not Path(os.path.realpath(path)).is_relative_to(folder.resolve()):
             raise DataError(
                 f"{one_line(path)}: a link that leads out of {folder}; copy the file, or add "
-                "--follow_links true"
+                f"{self.links_flag} true"
             )
 
     def hint(self, name: str, known: Iterable[str]) -> str:

@@ -1,0 +1,1 @@
+"""Parts of `tools/pretrain_sam3_demo_base.py`."""
