@@ -9,23 +9,21 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_core.errors import DataError, one_line
 from lora_core.settings.types import shown
 from sam2_lora.encodings import ring_of
+from sam2_lora.json_file import is_label, is_whole, not_finite, read_json_of_many
 from sam2_lora.masks import Size
 from sam2_lora.records import (
     Reading,
     Record,
     Shape,
     inside,
-    is_label,
-    is_whole,
     key_of,
-    not_finite,
-    read_json_of_many,
 )
 
 ROBOFLOW = "_annotations.coco.json"
@@ -137,6 +135,15 @@ def _find_doubled_ids(items: list[Any], what: str, path: Path, reading: Reading)
 
 def _is_id(value: object) -> bool:
     return is_whole(value) or isinstance(value, str)
+
+
+def _other_type(value: object, known: Container[object]) -> str:
+    """Where an id stands as text in one place and as a number in the other: "; ..."."""
+    if isinstance(value, str) and re.fullmatch("-?[0-9]{1,18}", value) and int(value) in known:
+        return f"; there is the number {int(value)}: write both in one way"
+    if is_whole(value) and str(value) in known:
+        return f"; there is the text {str(value)!r}: write both in one way"
+    return ""
 
 
 def _list(content: dict[str, Any], name: str, path: Path) -> list[Any]:
@@ -257,7 +264,8 @@ def _add(
         raise DataError("expected an object")
     image, category = item.get("image_id"), item.get("category_id")
     if not _is_id(image) or image not in pictures:
-        raise DataError(f"image_id {shown(image)} is not among the images")
+        other = _other_type(image, pictures)
+        raise DataError(f"image_id {shown(image)} is not among the images{other}")
     size = pictures[image].size
     if size is None:
         return  # the picture itself is reported
@@ -268,7 +276,8 @@ def _add(
     elif _is_id(category) and category in categories:
         label = categories[category]
     else:
-        raise DataError(f"category_id {shown(category)} is not among the categories")
+        other = _other_type(category, categories)
+        raise DataError(f"category_id {shown(category)} is not among the categories{other}")
     crowd = item.get("iscrowd")
     if crowd not in (None, 0, 1):
         raise DataError(f"iscrowd {shown(crowd)}, expected 0 or 1")

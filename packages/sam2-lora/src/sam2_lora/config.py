@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ AT_LEAST_ONE = (
 AT_LEAST_ZERO = ("max_val_images", "num_workers", "warmup_steps", "min_object_area", "seed")
 LARGEST_SIDE = 16384  # pixels of the model's input
 STRIDE = 32  # Hiera: patches of 4 pixels, window positions of 8 patches
+PATHS = ("checkpoint", "adapter", "data_root", "output_dir", "logs_dir", "resume", "cache_dir")
 # Preset of `--targets` -> roles of `placement`.
 PRESETS = {
     "default": ("encoder_attention", "decoder_attention", "decoder_mlp"),
@@ -164,6 +165,7 @@ class Config(Guards):
     def problems(self) -> Iterator[str]:
         """Yield what cannot work, each as one line."""
         yield from super().problems()
+        yield from unnamed(self, PATHS)
         for name in AT_LEAST_ONE:
             yield from count_problem(self, name, 1)
         for name in AT_LEAST_ZERO:
@@ -218,6 +220,16 @@ class Config(Guards):
     def decoder_only(self) -> bool:
         """Whether the image encoder stays as it is, so that its output can be cached."""
         return self.preset[0].startswith("decoder")
+
+
+def unnamed(settings: object, names: Iterable[str]) -> Iterator[str]:
+    """Yield a line for each path that is the empty text, as an unset variable of a shell gives it.
+
+    It would mean the current folder, or that nothing was given.
+    """
+    for name in names:
+        if getattr(settings, name) == "":
+            yield f"--{name} is empty: give a path (. is the current folder), or leave it out"
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -22,11 +22,12 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from lora_core.errors import printable
-from lora_core.report import table
+from lora_core.report import plural, table
 from lora_core.training.loading import retried
 from lora_core.validate import Bad
 from sam2_lora.config import Config
 from sam2_lora.formats import SPLITS
+from sam2_lora.identity import file_length, identity
 from sam2_lora.image import preprocess, read_image, to_model_boxes, to_model_points
 from sam2_lora.masks import Object, Size, resized
 from sam2_lora.prompts import Mask, box_of, jittered, random_pixel
@@ -36,8 +37,6 @@ from sam2_lora.survey import (
     Parts,
     Surveyed,
     counted,
-    file_length,
-    identity,
     left_out,
     objects_of,
     read_parts,
@@ -336,12 +335,13 @@ def load(cfg: Config, share: Callable[[Callable[[], Any]], Any] = lambda make: m
         here.append((parts, reading))
     parts, reading = here[0]
     parts = without(parts, bad, facts, cfg)
-    counts = counted(parts, facts, cfg)
+    counts = counted(parts, facts, cfg, reading)
     notes = reading.said() + remarks(parts) + left_out(bad)
     if cfg.loss == "legacy":
         # Without an object score there is nothing to learn from a picture that holds no object.
         parts["train"] = [r for r in parts["train"] if facts["train", r.key]["objects"]]
-        notes.append(f"--loss legacy trains on the {len(parts['train'])} pictures with objects")
+        trained = plural(len(parts["train"]), "picture")
+        notes.append(f"--loss legacy trains on the {trained} with objects")
     classes = sorted({label for part in counts.values() for label in part.objects})
     test = EvalSet(parts["test"], cfg) if "test" in parts else None
     objects = [sum(facts["train", r.key]["objects"].values()) for r in parts["train"]]
@@ -361,5 +361,5 @@ def load_split(cfg: Config, split: str) -> EvalSet | None:
     parts = {split: parts[split]}
     facts, bad = settled(parts, [one for one in known if one.split == split], cfg)
     parts = without(parts, bad, facts, cfg)
-    counted(parts, facts, cfg)
+    counted(parts, facts, cfg, reading)
     return EvalSet(parts[split], cfg, reading.said() + left_out(bad))

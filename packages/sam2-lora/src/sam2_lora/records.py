@@ -6,21 +6,19 @@ tens of thousands of pictures are ready within seconds.
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple, TypeGuard
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_core.errors import DataError, listing, near, one_line
+from lora_core.report import plural
 from lora_core.settings.types import shown
 from lora_core.validate import validate
 from sam2_lora.config import MaskKind
@@ -31,10 +29,8 @@ from sam2_lora.encodings import (
     decode_polygon,
     decode_runs,
 )
-from sam2_lora.image import SUFFIXES, Header, open_regular, read_header, read_mask
+from sam2_lora.image import SUFFIXES, Header, read_header, read_mask
 from sam2_lora.masks import Object, Size, binary_object, objects_by_value, trim
-
-MAX_JSON = 2**31  # bytes; COCO's own files have 0.5 GB
 
 
 class Shape(NamedTuple):
@@ -141,6 +137,7 @@ class Reading:
     problems: list[str] = field(default_factory=list)  # of the data set as a whole
     bad: list[tuple[str, str]] = field(default_factory=list)  # sample, what is wrong with it
     notes: Counter[str] = field(default_factory=Counter)  # what was passed over -> how often
+    cut: bool = False  # its validation split is a share of the training pictures
     headers: dict[Path, Header | str] = field(default_factory=dict)  # or what is wrong
 
     @contextmanager
@@ -178,7 +175,7 @@ class Reading:
             size, stored, turned, several = outcome.value
             self.headers[path] = Header(tuple(size), tuple(stored), turned, several)
             if several:
-                self.notes["pictures with several frames or pages: the first is used"] += 1
+                self.notes["pictures with several frames or pages, of which the first is used"] += 1
 
     def size_of(self, picture: Path, declared: Size | None = None, source: str = "") -> Size:
         """(height, width) of a picture from its header, which must be what `source` declares.
@@ -227,7 +224,7 @@ class Reading:
 
     def said(self) -> list[str]:
         """The notes as lines for people."""
-        return [f"{count} {what}" for what, count in self.notes.items()]
+        return [f"{what}: {count}" for what, count in self.notes.items()]
 
     def add(self, other: Reading) -> None:
         """Take over what another reading of the same data set found, but for its records."""
@@ -248,9 +245,8 @@ class Reading:
         """
         if self.problems:
             problems = [*self.problems, *(reason for _, reason in self.bad)]
-            title = f"{self.root.absolute()}: {len(problems)} problem"
-            plural = "s" if len(problems) > 1 else ""
-            raise DataError(f"{title}{plural}\n{listing(problems)}")
+            title = f"{self.root.absolute()}: {plural(len(problems), 'problem')}"
+            raise DataError(f"{title}\n{listing(problems)}")
 
 
 def _sizes(found: tuple[int, ...], expected: Size) -> str:
@@ -283,7 +279,9 @@ def pictures_in(folder: Path, reading: Reading) -> dict[str, Path]:
         if name.startswith("."):
             continue
         if path.suffix.lower() not in SUFFIXES:
-            reading.notes[f"files in {folder} that are no pictures"] += 1
+            is_folder = path.is_dir()
+            what = f"folders in {folder}, which are not looked into"
+            reading.notes[what if is_folder else f"files in {folder} that are no pictures"] += 1
             continue
         with reading.collecting(sample=key_of(path, reading.root)):
             reading.stay_inside(path, folder)
@@ -297,8 +295,10 @@ def inside(folder: Path, name: object, reading: Reading) -> Path:
     Raises:
         DataError: no text, an absolute path, a URL, "..", or a link that leads outside.
     """
-    if not isinstance(name, str) or not name or not _can_be_file(name):
+    if not isinstance(name, str):
         raise DataError(f"file name {shown(name)}: expected text")
+    if not _can_be_file(name):
+        raise DataError(f"file name {shown(name)}: no file can have it")
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or ":" in name:
         raise DataError(f"file name {shown(name)}: must be a path below {one_line(folder)}")
@@ -309,107 +309,8 @@ def inside(folder: Path, name: object, reading: Reading) -> Path:
 
 def _can_be_file(name: str) -> bool:
     try:
-        return b"\0" not in os.fsencode(name)
+        data = os.fsencode(name)
     except UnicodeEncodeError:  # half of a character, which JSON can write
         return False
-
-
-def read_json(path: Path) -> Any:
-    """The value in a JSON file of one sample, with or without byte-order mark.
-
-    Raises:
-        DataError: as `read_json_of_many`; or NaN or Infinity, with its place.
-    """
-    content, finite = read_json_of_many(path)
-    if not finite:
-        wrong = not_finite(content) or "holds NaN or Infinity, which JSON does not have"
-        raise DataError(f"{one_line(path)}: {wrong}")
-    return content
-
-
-def read_json_of_many(path: Path) -> tuple[Any, bool]:
-    """The value in a JSON file, and whether all its numbers are finite, as JSON demands.
-
-    Raises:
-        DataError: missing, too large, not JSON (with line and column), or nested too deeply.
-    """
-    constants: list[str] = []
-
-    def constant(name: str) -> float:
-        constants.append(name)
-        return float(name)
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):  # Python would keep the last and lose the others
-            twice = next(key for key, count in Counter(k for k, _ in pairs).items() if count > 1)
-            raise DataError(f"{one_line(path)}: the key {twice!r} stands twice in one object")
-        return found
-
-    data = _json_bytes(path)
-    try:
-        content = json.loads(
-            data.decode("utf-8-sig"), parse_constant=constant, object_pairs_hook=once
-        )
-        return content, not constants
-    except DataError:  # a ValueError too
-        raise
-    except UnicodeDecodeError:
-        raise DataError(f"{one_line(path)}: {_encoding(data)}") from None
-    except RecursionError:
-        raise DataError(f"{one_line(path)}: nested too deeply") from None
-    except json.JSONDecodeError as error:
-        hint = ""
-        if error.msg == "Extra data":
-            hint = "; if it is JSON Lines, put its lines into one list"
-        elif "\0" in error.doc[:4]:
-            hint = f"; {_encoding(data)}"
-        place = f"{one_line(path)}:{error.lineno}:{error.colno}"
-        raise DataError(f"{place}: not JSON: {error.msg}{hint}") from None
-    except ValueError:  # Python refuses to read integers of thousands of digits
-        raise DataError(f"{one_line(path)}: holds a number of thousands of digits") from None
-
-
-def _json_bytes(path: Path) -> bytes:
-    try:
-        with open_regular(path) as file:
-            length = os.fstat(file.fileno()).st_size
-            if length > MAX_JSON:
-                raise DataError(
-                    f"{one_line(path)}: {length / 1e9:.1f} GB of JSON are more than "
-                    f"{MAX_JSON / 1e9:.1f}: split the data set"
-                )
-            return file.read()
-    except OSError as error:
-        raise DataError(f"{one_line(path)}: cannot be read: {error.strerror}") from None
-
-
-def _encoding(data: bytes) -> str:
-    """Why a file is no UTF-8 text, from its first bytes."""
-    if data.startswith(b"\x1f\x8b"):
-        return "gzip: unpack it"
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:4]:
-        return "UTF-16 text: save it as UTF-8"
-    return "not UTF-8 text"
-
-
-def not_finite(value: Any, place: str = "") -> str:
-    """The first NaN or Infinity in a JSON value, as "bbox[2] is nan", or ""."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"{place or 'it'} is {value}, expected a finite number"
-    items: Iterable[tuple[str, Any]] = ()
-    if isinstance(value, dict):
-        items = ((f"{place}.{key}" if place else str(key), item) for key, item in value.items())
-    elif isinstance(value, list):
-        items = ((f"{place}[{number}]", item) for number, item in enumerate(value))
-    return next((found for inner, item in items if (found := not_finite(item, inner))), "")
-
-
-def is_label(value: object) -> TypeGuard[str]:
-    """Whether a JSON value can be the name of a class: text that can be written."""
-    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
-
-
-def is_whole(value: object) -> TypeGuard[int]:
-    """Whether a JSON value is an integer (true and false are not)."""
-    return type(value) is int
+    parts = data.replace(b"\\", b"/").split(b"/")
+    return bool(data) and b"\0" not in data and max(map(len, parts)) < 256 and len(data) < 4096

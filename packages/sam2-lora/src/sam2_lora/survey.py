@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
 import PIL
 
-from lora_core.errors import ConfigError, DataError, one_line
+from lora_core.errors import ConfigError, DataError, listing, one_line
+from lora_core.report import plural
 from lora_core.validate import REPORT, Bad, samples, stop_or_skip, validate
 from sam2_lora.config import Config
 from sam2_lora.formats import SPLITS, find, read
+from sam2_lora.identity import doubles, identity
 from sam2_lora.image import SUFFIXES, read_image
 from sam2_lora.masks import Object, components, union
 from sam2_lora.records import Reading, Record
 
 Parts = dict[str, list[Record]]  # by split: "train", "val", "test"
-Facts = Mapping[str, Any]  # {"objects": {class: count}, "small": count}
+Facts = Mapping[str, Any]  # {"objects": {class: count}, "small": count, "nothing": count}
 Surveyed: TypeAlias = dict[tuple[str, str], Facts]  # by split and key: splits may share pictures
 
 
@@ -57,7 +58,8 @@ class Counts:
 
     pictures: int = 0
     empty: int = 0  # pictures without any annotation
-    small: int = 0  # objects left out
+    small: int = 0  # objects left out, those without a pixel among them
+    nothing: int = 0  # objects without a pixel
     objects: Counter[str] = field(default_factory=Counter)  # per class
 
 
@@ -68,6 +70,7 @@ def count(facts: Iterable[Facts]) -> Counts:
         counts.pictures += 1
         counts.empty += not known["objects"] and not known["small"]
         counts.small += known["small"]
+        counts.nothing += known["nothing"]
         counts.objects.update(known["objects"])
     return counts
 
@@ -96,6 +99,7 @@ def look(record: Record, cfg: Config) -> dict[str, Any]:
     return {
         "objects": Counter(item.label for item in found.kept),
         "small": len(found.small) + found.nothing,
+        "nothing": found.nothing,
     }
 
 
@@ -105,7 +109,7 @@ def look_at(parts: Mapping[str, Sequence[Record]], cfg: Config) -> tuple[Surveye
     outcomes = validate(
         pairs,
         lambda pair: look(pair[1], cfg),
-        kind=f"sam2 record 3 {cfg.objects} {cfg.min_object_area} PIL {PIL.__version__}",
+        kind=f"sam2 record 4 {cfg.objects} {cfg.min_object_area} PIL {PIL.__version__}",
         root=Path(cfg.data_root),
         files=lambda pair: [path for path in (pair[1].image, pair[1].mask) if path],
         name=lambda pair: str(pair[1].image),
@@ -162,8 +166,8 @@ def without(parts: Parts, bad: Sequence[Bad], facts: Surveyed, cfg: Config) -> P
     return parts
 
 
-def counted(parts: Parts, facts: Surveyed, cfg: Config) -> dict[str, Counts]:
-    """Counts of each split.
+def counted(parts: Parts, facts: Surveyed, cfg: Config, reading: Reading) -> dict[str, Counts]:
+    """Counts of each split of what was read.
 
     Raises:
         DataError: a split without pictures or without objects.
@@ -177,12 +181,29 @@ def counted(parts: Parts, facts: Surveyed, cfg: Config) -> dict[str, Counts]:
         if not part.pictures:
             raise DataError(f"{root}: no pictures in the {name} split: add some")
         if not part.objects and name != "test":
-            raise DataError(
-                f"{root}: no objects in the {part.pictures} pictures of "
-                f"the {name} split ({part.small} are smaller than --min_object_area): add pictures "
-                "with objects to it, or set --val_fraction if it is cut from the training pictures"
-            )
+            where = f"the {plural(part.pictures, 'picture')} of the {name} split"
+            advice = ["add pictures with objects to it"]
+            if part.small > part.nothing:
+                advice.append("lower --min_object_area")
+            if reading.cut and any(other.objects for other in counts.values()):
+                advice.append("set another --val_fraction")
+            lines = [f"{root}: no objects in {where}{_without(part, cfg)}: {', or '.join(advice)}"]
+            lines += [f"note: {one_line(note)}" for note in reading.said()]
+            raise DataError(listing(lines, 5))
     return counts
+
+
+def _without(part: Counts, cfg: Config) -> str:
+    """Which annotations of a split are no objects, in brackets."""
+    small = part.small - part.nothing
+    found = []
+    if small:
+        found.append(f"{small} smaller than --min_object_area {cfg.min_object_area}")
+    if part.nothing:
+        found.append(
+            f"{part.nothing} without a single pixel, as outlines in shares of the picture are"
+        )
+    return f" ({', '.join(found)})" if found else ""
 
 
 def left_out(bad: Sequence[Bad]) -> list[str]:
@@ -190,7 +211,7 @@ def left_out(bad: Sequence[Bad]) -> list[str]:
     per_split = Counter(split for split, _ in samples(bad))
     first = {one.split: one.reason.splitlines()[0] for one in reversed(bad)}
     return [
-        f"{number} bad samples of {split} are left out, the first: {first[split]}"
+        f"{plural(number, 'bad sample')} of {split} left out, the first: {first[split]}"
         for split, number in per_split.items()
     ]
 
@@ -202,55 +223,12 @@ def remarks(parts: Parts) -> list[str]:
         keys = doubles(parts.get(name, []), parts["train"])
         if keys:
             found.append(
-                f"{len(keys)} pictures of {name} are in train too, so that its scores flatter: "
+                f"{plural(len(keys), 'picture')} of {name} in train too, so that its scores flatter"
+                + ": "
                 + ", ".join(keys[:3])
                 + (", ..." if len(keys) > 3 else "")
             )
     return found
-
-
-# -- identity --------------------------------------------------------------------------------------
-
-
-def identity(record: Record) -> str:
-    """Digest of what is annotated on a picture, wherever the data lies: 32 hexadecimal digits.
-
-    It covers the picture's size and its annotations as they were read, not the content of files.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    _add(digest, [*record.size, record.mask_kind, record.merged])
-    for shape in record.shapes:
-        _add(digest, [shape.kind, shape.label, shape.data])
-    return digest.hexdigest()
-
-
-def file_length(path: Path) -> int:
-    """Bytes of a file.
-
-    Raises:
-        DataError: it is gone.
-    """
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise DataError(f"{one_line(path.absolute())}: {error.strerror}") from error
-
-
-def _add(digest: hashlib.blake2b, value: Any) -> None:
-    """Add lists, tuples, arrays, numbers and text; type and length keep them apart."""
-    if isinstance(value, np.ndarray):
-        digest.update(f"{value.dtype}{value.shape}".encode())
-        digest.update(np.ascontiguousarray(value).data)
-    elif isinstance(value, list | tuple):
-        digest.update(f"[{len(value)}".encode())
-        if len(value) > 32 and all(type(item) is int for item in value):  # run lengths: quick
-            digest.update(repr(value).encode())
-            return
-        for item in value:
-            _add(digest, item)
-    else:
-        text = repr(value).encode("utf-8", "surrogateescape")
-        digest.update(f"{len(text)}:".encode() + text)
 
 
 # -- splits ----------------------------------------------------------------------------------------
@@ -284,6 +262,7 @@ def read_parts(cfg: Config, wanted: Sequence[str]) -> tuple[Parts, list[Bad], Re
     total.stop_if_wrong()
     if to_split and whole in parts:
         parts["train"], parts["val"] = split_by_name(parts.pop(whole), cfg.val_fraction)
+        total.cut = True
         bad = _on_their_sides(bad, parts, cfg.val_fraction)
     elif whole == "all" and whole in parts:
         parts["train"] = parts.pop(whole)
@@ -349,41 +328,3 @@ def subset(records: Sequence[Record], count: int) -> list[Record]:
     """The `count` records whose names rank first, in their order; smaller subsets lie in larger."""
     chosen = {record.key for record in sorted(records, key=rank)[:count]}
     return [record for record in records if record.key in chosen]
-
-
-def doubles(some: Sequence[Record], others: Sequence[Record]) -> list[str]:
-    """Keys of `some` whose picture is, byte for byte, among `others` too.
-
-    What does not agree in length is never opened, what does not begin alike never read wholly.
-    """
-    for fingerprint in (_length, _beginning, _content):
-        mine, theirs = [[fingerprint(r) for r in records] for records in (some, others)]
-        both = set(mine) & set(theirs)
-        some = [record for record, mark in zip(some, mine, strict=True) if mark in both]
-        others = [record for record, mark in zip(others, theirs, strict=True) if mark in both]
-    return [record.key for record in some]
-
-
-def _length(record: Record) -> object:
-    return _read(record, lambda path: path.stat().st_size)
-
-
-def _beginning(record: Record) -> object:
-    return _read(record, lambda path: _head(path, 2**12))
-
-
-def _content(record: Record) -> object:
-    return _read(record, lambda path: hashlib.sha256(path.read_bytes()).digest())
-
-
-def _head(path: Path, size: int) -> bytes:
-    with path.open("rb") as file:
-        return file.read(size)
-
-
-def _read(record: Record, get: Callable[[Path], object]) -> object:
-    """What `get` gives; of a file that is gone meanwhile, something that equals nothing else."""
-    try:
-        return get(record.image)
-    except OSError:
-        return object()

@@ -1,0 +1,119 @@
+"""JSON of a data set, read strictly: what Python passes over in silence is an error here."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from lora_core.errors import DataError, one_line
+from lora_core.settings.types import shown
+from sam2_lora.image import open_regular
+
+MAX_JSON = 2**31  # bytes; COCO's own files have 0.5 GB
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file of one sample, with or without byte-order mark.
+
+    Raises:
+        DataError: as `read_json_of_many`; or NaN or Infinity, with its place.
+    """
+    content, finite = read_json_of_many(path)
+    if not finite:
+        wrong = not_finite(content) or "holds NaN or Infinity, which JSON does not have"
+        raise DataError(f"{one_line(path)}: {wrong}")
+    return content
+
+
+def read_json_of_many(path: Path) -> tuple[Any, bool]:
+    """The value in a JSON file, and whether all its numbers are finite, as JSON demands.
+
+    Raises:
+        DataError: missing, too large, not JSON (with line and column), or nested too deeply.
+    """
+    constants: list[str] = []
+
+    def constant(name: str) -> float:
+        constants.append(name)
+        return float(name)
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):  # Python would keep the last and lose the others
+            twice = next(key for key, count in Counter(k for k, _ in pairs).items() if count > 1)
+            raise DataError(f"{one_line(path)}: the key {shown(twice)} stands twice in one object")
+        return found
+
+    data = _json_bytes(path)
+    try:
+        content = json.loads(
+            data.decode("utf-8-sig"), parse_constant=constant, object_pairs_hook=once
+        )
+        return content, not constants
+    except DataError:  # a ValueError too
+        raise
+    except UnicodeDecodeError:
+        raise DataError(f"{one_line(path)}: {_encoding(data)}") from None
+    except RecursionError:
+        raise DataError(f"{one_line(path)}: nested too deeply") from None
+    except json.JSONDecodeError as error:
+        hint = ""
+        if error.msg == "Extra data":
+            hint = "; if it is JSON Lines, put its lines into one list"
+        elif "\0" in error.doc[:4]:
+            hint = f"; {_encoding(data)}"
+        place = f"{one_line(path)}:{error.lineno}:{error.colno}"
+        raise DataError(f"{place}: not JSON: {error.msg}{hint}") from None
+    except ValueError:  # Python refuses to read integers of thousands of digits
+        raise DataError(f"{one_line(path)}: holds a number of thousands of digits") from None
+
+
+def _json_bytes(path: Path) -> bytes:
+    try:
+        with open_regular(path) as file:
+            length = os.fstat(file.fileno()).st_size
+            if length > MAX_JSON:
+                raise DataError(
+                    f"{one_line(path)}: {length / 1e9:.1f} GB of JSON are more than "
+                    f"{MAX_JSON / 1e9:.1f}: split the data set"
+                )
+            return file.read()
+    except OSError as error:
+        raise DataError(f"{one_line(path)}: cannot be read: {error.strerror}") from None
+
+
+def _encoding(data: bytes) -> str:
+    """Why a file is no UTF-8 text, from its first bytes."""
+    if data.startswith(b"\x1f\x8b"):
+        return "gzip: unpack it"
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:4]:
+        return "UTF-16 text: save it as UTF-8"
+    return "not UTF-8 text"
+
+
+def not_finite(value: Any, place: str = "") -> str:
+    """The first NaN or Infinity in a JSON value, as "bbox[2] is nan", or ""."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{place or 'it'} is {value}, expected a finite number"
+    items: Iterable[tuple[str, Any]] = ()
+    if isinstance(value, dict):
+        items = ((f"{place}.{key}" if place else str(key), item) for key, item in value.items())
+    elif isinstance(value, list):
+        items = ((f"{place}[{number}]", item) for number, item in enumerate(value))
+    return next((found for inner, item in items if (found := not_finite(item, inner))), "")
+
+
+def is_label(value: object) -> TypeGuard[str]:
+    """Whether a JSON value can be the name of a class: text that can be written."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether a JSON value is an integer (true and false are not)."""
+    return type(value) is int
