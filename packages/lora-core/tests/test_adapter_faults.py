@@ -226,7 +226,7 @@ def test_a_configuration_changed_by_hand_is_followed_as_peft_would(saved):
     config = json.loads((saved / CONFIG).read_text()) | {"lora_alpha": 1}
     (saved / CONFIG).write_text(json.dumps(config))
     loaded = Net()
-    with pytest.warns(UserWarning, match=r"changed after saving \(lora_alpha\)"):
+    with pytest.warns(UserWarning, match=r"changed after saving \(lora_alpha 16 -> 1\)"):
         load_adapter(loaded, saved)
     assert lora_layers(loaded)["blocks.0.proj"].lora_adapters["default"].alpha == 1
 

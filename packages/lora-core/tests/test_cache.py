@@ -196,6 +196,35 @@ def test_processes_that_make_one_entry_at_once_leave_one_whole_entry(tmp_path):
     same(FeatureCache(tmp_path, GB).get({"k": "v"}, never), values())
 
 
+@pytest.mark.fault("R38")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_pass_that_is_interrupted_is_continued_where_it_was(tmp_path, how):
+    """Killed or stopped while it computes the fourth of six: three are there, and whole."""
+
+    def dies():
+        os.kill(os.getpid(), how)
+        time.sleep(10)
+
+    def first_pass():
+        cache = FeatureCache(tmp_path, GB)
+        for number in range(6):
+            cache.get({"k": str(number)}, values if number < 3 else dies)
+
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            first_pass()
+        finally:
+            os._exit(3)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == (-how if how == signal.SIGKILL else 3)
+    again = FeatureCache(tmp_path, GB)
+    for number in range(6):
+        same(again.get({"k": str(number)}, never if number < 3 else values), values())
+    assert (again.hits, again.misses, again.healed) == (3, 3, 0)
+
+
 @pytest.mark.fault("R39")
 def test_a_folder_of_another_user_is_used_as_far_as_it_can_be(tmp_path, monkeypatch):
     FeatureCache(tmp_path, GB).get({"k": "v"}, values)

@@ -1,7 +1,7 @@
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,6 +72,7 @@ def test_no_words_give_the_defaults():
         ("--steps=3", "steps", 3),
         ("--steps 8.0", "steps", 8),
         ("--limit 8.0", "limit", 8),
+        ("--limit 1e30", "limit", 10**30),
         ("--limit null", "limit", None),
         ("--learning_rate 1e-4", "learning_rate", 1e-4),
         ("--learning-rate 5E-5", "learning_rate", 5e-5),
@@ -97,6 +98,27 @@ def test_flags_are_read_as_people_write_them(words, name, value):
     got = getattr(read(*words.split()), name)
     assert got == value
     assert type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    "name", ["\N{GRINNING FACE}.png", "a\udcff.png", "[1] a.png", 'a"b\\c', "a\nb", "null", "a, b"]
+)
+def test_words_of_a_list_are_taken_as_they_are(name):
+    """Names of files may hold anything, letters beyond 16 bits and bytes that are none too."""
+    assert read("--names", name).names == [name]
+    assert read("--names", name, "x").names == [name, "x"]
+
+
+def test_a_flag_with_a_wrong_value_is_not_missing_too():
+    @dataclass
+    class Needed:
+        sizes: list[int] = option(MISSING, "Sizes.")
+
+    with pytest.raises(ConfigError) as caught:
+        parse(Needed, ["--sizes", "x"], prog="test")
+    assert str(caught.value) == "--sizes: expected a list of a whole number, not '[x]'"
+    with pytest.raises(ConfigError, match="--sizes is missing"):
+        parse(Needed, [], prog="test")
 
 
 def test_sections_lists_of_numbers_and_options_reach_nested_settings():

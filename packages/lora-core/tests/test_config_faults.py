@@ -401,6 +401,8 @@ def test_a_folder_is_tried_without_leaving_anything(tmp_path):
         preflight.writable("/proc/x/y", "--out")
     with pytest.raises(ConfigError, match="no zero byte"):
         preflight.writable("a\0b", "--out")
+    with pytest.raises(ConfigError, match="--out is empty: name a folder"):
+        preflight.writable("", "--out")
 
 
 @pytest.mark.fault("C39")

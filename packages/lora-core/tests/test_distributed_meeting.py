@@ -165,6 +165,8 @@ def test_a_run_on_one_machine_listens_at_the_loopback_device_only(tmp_path):
             assert found, "the test looks in the wrong place"
             # 127.0.0.1, and the same written as an IPv6 address
             assert found <= {"0100007F", "0000000000000000FFFF00000100007F"}, found
+            # which does not depend on the host having no other device
+            assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
 
     ended = run(target)
     assert [process.status for process in ended] == [0, 0], ended

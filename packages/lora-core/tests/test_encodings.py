@@ -55,15 +55,17 @@ def test_runs_go_down_the_columns_from_one() -> None:
     ("runs", "reason"),
     [
         ("1 2 3", "3 numbers, expected pairs"),
-        ("1 two", "'two' is not a whole number"),
-        ("1.5 2", "'1.5' is not a whole number"),
+        ("1 two", "'two' expected digits alone"),
+        ("1.5 2", "'1.5' expected digits alone"),
         ("0 2", "start 0, but pixels are counted from 1"),
         ("-4 2", "start -4"),
         ("3 0", "length 0"),
         ("5 3", "the run at 5 goes past the last pixel 6 of a picture of 2 x 3"),
         ("1 99999999999", "the run at 1 goes past"),
         ("9223372036854775807 5", "goes past"),
-        ("1 99999999999999999999999", "is not a whole number"),
+        ("1 1e30", "'1e30' expected digits alone"),
+        ("1 99999999999999999999999", "'99999999999999999999999' is too large"),
+        (f"1 {'9' * 100}", r"'9{79}\.\.\. is too large"),
         ("4 2 1 4", "the runs at 1 and 4 overlap"),
     ],
 )
@@ -152,6 +154,12 @@ def test_crops_outside_the_picture_are_cut() -> None:
 def test_damaged_bitmaps_are_refused(data: str) -> None:
     with pytest.raises(DataError, match="bitmap: "):
         decode_bitmap(data, (0, 0), (9, 9))
+
+
+def test_a_bitmap_that_is_no_png_is_told_without_an_address_in_memory() -> None:
+    with pytest.raises(DataError) as caught:
+        decode_bitmap(packed(b"not a png"), (0, 0), (9, 9))
+    assert str(caught.value) == "bitmap: what is packed in it is no PNG"
 
 
 @pytest.mark.fault("P33")

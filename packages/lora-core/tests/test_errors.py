@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
@@ -104,3 +105,30 @@ def test_a_reader_that_leaves_ends_the_command_quietly():
     os.close(writer)
     assert done.stderr == b""
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("command", [True, False])
+def test_the_end_of_a_command_does_not_wait_for_a_search_for_cycles(command):
+    """With torch loaded that search takes a second, of the few that a batch system allows."""
+    code = """
+        import sys
+        from lora_core.errors import run
+
+        class Cycle:
+            def __init__(self):
+                self.own = self
+            def __del__(self):
+                print("searched")
+
+        if sys.argv[1:] == ["command"]:
+            run(lambda words: 0, [])
+            run(lambda words: 0, [])
+        Cycle()
+    """
+    words = ["command"] if command else []
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *words],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == ("" if command else "searched\n")
+    assert done.stderr == ""

@@ -83,6 +83,28 @@ def test_the_ramp_ends_when_the_loss_diverges(bad):
     assert len(curve.rates) == len(curve.ratios) == len(curve.smooth)
     assert all(math.isfinite(value) for value in (*curve.ratios, *curve.smooth))
     assert curve.suggestion < curve.rates[-1]
+    assert curve.diverged
+    assert curve.end == f"ended after {len(curve.rates)} steps: the loss diverged"
+    whole = ramp(high=1e-3, steps=20)
+    assert not whole.diverged
+    assert whole.end == "all 20 steps done"
+
+
+def test_what_lies_above_the_picture_is_marked():
+    rates, ratios = (1e-4, 1e-3, 1e-2), (1.0, 0.9, 1.9)
+    orange = (224, 130, 20)
+
+    def colours(curve):
+        return {colour for _, colour in find_lr.draw(curve).getcolors(2**24)}
+
+    assert orange not in colours(find_lr.Curve(rates, ratios, ratios))
+    ratios = (1.0, 0.9, 7.0)
+    assert orange in colours(find_lr.Curve(rates, ratios, ratios))
+    ended = find_lr.Curve(rates, ratios, ratios, diverged=True)
+    assert (
+        find_lr.draw(ended).tobytes()
+        != find_lr.draw(find_lr.Curve(rates, ratios, ratios)).tobytes()
+    )
 
 
 def test_a_loss_that_never_falls_gives_no_suggestion():

@@ -28,7 +28,7 @@ from lora_core.errors import ConfigError, NumericError
 from lora_core.guards import Guards
 from lora_core.injection import inject, lora_layers
 from lora_core.merging import merge
-from lora_core.testing import processes
+from lora_core.testing import hostile, processes
 from lora_core.training.checks import is_initial
 from lora_core.training.numerics import read_bundle, replay
 
@@ -151,6 +151,26 @@ def test_the_message_names_the_samples_and_the_parts_of_the_bad_batch_only(tmp_p
     for key in seen[-1]:
         assert key in text
     assert not [key for key in seen[-2] if f"{key}," in text or f"{key};" in text]
+
+
+@pytest.mark.fault("H32")
+@pytest.mark.parametrize("skip", [False, True])
+def test_names_of_samples_cannot_forge_output(tmp_path, skip, capsys):
+    def hostile_names(samples):
+        batch = collate(samples)
+        return batch | {"keys": [hostile.CONTROL_NAME for _ in samples]}
+
+    guards = Guards(skip_nonfinite=skip)
+    made = trainer(
+        tmp_path, loss=poisoned("loss", math.nan, {3}), guards=guards, measure=None, steps=3
+    )
+    made.data_collator = hostile_names
+    assert errors.run(lambda argv: made.train() and None, []) == (0 if skip else 2)
+    captured = capsys.readouterr()
+    said = captured.out if skip else captured.err
+    assert "a\\x1b[2J" in said
+    assert not set(said) & set("\x1b\x07\r")
+    assert not [line for line in said.splitlines() if line.startswith("error: all is well")]
 
 
 def spied(original, seen):

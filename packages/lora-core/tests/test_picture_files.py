@@ -1,12 +1,23 @@
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngImageFile
 
 from lora_core.errors import DataError
-from lora_core.pictures.files import MAX_PIXELS, read_image, read_mask, read_size
+from lora_core.pictures.files import (
+    MAX_PIXELS,
+    open_picture,
+    orientation,
+    read_header,
+    read_image,
+    read_mask,
+    read_size,
+    said_by,
+)
 
 SIDEWAYS = 6  # EXIF: the camera was turned; viewers turn the picture clockwise
 
@@ -76,6 +87,83 @@ def test_exif_orientation_turns_picture_mask_and_size_alike(tmp_path: Path) -> N
 # -- masks -----------------------------------------------------------------------------------------
 
 
+def chunks_of(path: Path) -> list[bytes]:
+    """The chunks of a PNG, each with length, kind and checksum."""
+    data, found = path.read_bytes()[8:], []
+    while data:
+        end = 12 + int.from_bytes(data[:4], "big")
+        found.append(data[:end])
+        data = data[end:]
+    return found
+
+
+def png_with(path: Path, chunks: list[bytes]) -> None:
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    checksum = zlib.crc32(kind + content)
+    return len(content).to_bytes(4, "big") + kind + content + checksum.to_bytes(4, "big")
+
+
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><r tiff:Orientation="6"/></x:xmpmeta>'
+
+
+@pytest.mark.fault("D03")
+@pytest.mark.parametrize("kind", ["eXIf", "XMP"])
+def test_an_orientation_behind_the_pixels_of_a_png_turns_it(tmp_path: Path, kind: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (300, 200, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    path = saved(tmp_path, Image.fromarray(noise), exif=exif)
+    assert read_size(path) == (200, 300)
+    before = chunks_of(path)
+    assert [one[4:8] for one in before].count(b"IDAT") > 1, "of several chunks"
+    (turn,) = [one for one in before if one[4:8] == b"eXIf"]
+    plain = [one for one in before if one[4:8] != b"eXIf"]
+    if kind == "XMP":
+        turn = chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP)
+    png_with(path, [*plain[:-1], turn, plain[-1]])
+    assert read_size(path) == (200, 300)
+    assert read_header(path).turned
+    assert read_image(path).shape == (200, 300, 3)
+    png_with(path, plain)
+    assert read_size(path) == (300, 200)
+
+
+def test_the_header_of_a_usual_png_is_read_without_its_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (300, 200, 3), dtype=np.uint8)
+    path = saved(tmp_path, Image.fromarray(noise))
+    loads = []
+    load = PngImageFile.load
+    monkeypatch.setattr(PngImageFile, "load", lambda self: loads.append(1) or load(self))
+    assert read_header(path).size == (300, 200)
+    assert loads == []
+    with open_picture(path) as picture:
+        orientation(picture)
+        assert (np.asarray(picture) == noise).all(), "reading went on where it was"
+
+
+@pytest.mark.parametrize("last", [-1, -2, -14, 3000])
+def test_a_png_that_is_cut_off_is_read_as_far_as_before(tmp_path: Path, last: int) -> None:
+    """What does not end as it should is left to the decoder."""
+    noise = np.random.default_rng(0).integers(0, 255, (300, 200, 3), dtype=np.uint8)
+    path = saved(tmp_path, Image.fromarray(noise))
+    path.write_bytes(path.read_bytes()[:last])
+    with Image.open(path) as picture:
+        try:
+            expected = picture.getexif().get(ExifTags.Base.Orientation, 1)
+        except (OSError, SyntaxError):
+            expected = None
+    if expected is None:
+        with pytest.raises(DataError, match="cannot be read"):
+            read_header(path)
+    else:
+        assert read_header(path).size == (300, 200)
+
+
 def test_mask_values_are_not_touched(tmp_path: Path) -> None:
     small = np.array([[0, 1, 7, 254]], dtype=np.uint8)
     assert (read_mask(saved(tmp_path, Image.fromarray(small))) == small).all()
@@ -120,6 +208,41 @@ def test_other_files_are_named_for_what_they_are(
     path.write_bytes(content)
     with pytest.raises(DataError, match=rf"x\.jpg: {reason}"):
         read_size(path)
+
+
+@pytest.mark.fault("D02")
+@pytest.mark.parametrize(
+    ("suffix", "name"),
+    [(".png", "PNG"), (".jpg", "JPEG"), (".webp", "WebP"), (".bmp", "BMP"), (".tif", "TIFF"),
+     (".gif", "GIF")],
+)  # fmt: skip
+def test_a_picture_with_a_damaged_header_is_called_damaged(
+    tmp_path: Path, suffix: str, name: str
+) -> None:
+    """Its first bytes say what it is: the file is no file of another kind."""
+    path = saved(tmp_path, Image.new("RGB", (8, 8)), f"x{suffix}")
+    path.write_bytes(path.read_bytes()[:12].ljust(64, b"\0"))
+    with pytest.raises(DataError) as caught:
+        read_size(path)
+    text = str(caught.value)
+    assert f"{path}: a {name} file whose header is damaged" == text or "cannot be read" in text
+    assert "not a picture in a format" not in text
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (SyntaxError("broken PNG file"), "broken PNG file"),
+        (OSError(5, "Input/output error"), "Input/output error"),
+        (AttributeError("'NoneType' object has no attribute 'x'"), "it is damaged"),
+        (UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates"), "it is damaged"),
+        (ValueError("too large for PngImagePlugin.MAX_TEXT_CHUNK"), "a text or colour profile"),
+        (ValueError(), "it is damaged"),
+    ],
+)
+def test_a_decoders_complaint_is_told_without_names_of_code(error: Exception, text: str) -> None:
+    assert said_by(error).startswith(text)
+    assert type(error).__name__ not in said_by(error)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_bad_pictures_stop_or_are_left_out(tmp_path: Path) -> None:
     facts, bad = settled(parts, known, LOOK, Rules(root, "skip", 0.9, None))
     assert [record.key for record in without(parts, bad, facts, root)["train"]] == ["0.png"]
     assert left_out(bad) == [
-        "2 bad samples of train are left out, the first: file: annotation 7 is bad"
+        "2 bad samples of train left out, the first: file: annotation 7 is bad"
     ]
 
 
@@ -90,7 +90,7 @@ def test_doubles_are_found_by_content(tmp_path: Path) -> None:
     val = pictures(tmp_path / "b", "other", "same", "x" * 5000 + "2", "x" * 5000 + "1")
     assert doubles(val, train) == ["1.png", "3.png"]
     assert remarks({"train": train, "val": val}) == [
-        "2 pictures of val are in train too, so that its scores flatter: 1.png, 3.png"
+        "2 pictures of val in train too, so that its scores flatter: 1.png, 3.png"
     ]
     val[1].image.unlink()
     assert doubles(val, train) == ["3.png"]

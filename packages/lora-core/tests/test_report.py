@@ -81,6 +81,18 @@ def test_a_table_aligns_words_left_and_numbers_right():
     assert table(["only", "header"], []).splitlines() == ["only  header", "----  ------"]
 
 
+def test_wide_letters_and_marks_do_not_push_a_table_out_of_line():
+    """東 takes two columns of a terminal; a mark above a letter, as macOS writes names, takes none.
+
+    Where columns begin is counted in columns of the terminal, which are not letters.
+    """
+    lines = table(
+        ["class", "train"], [["東京", 8], ["e\u0301te\u0301", 1234], ["rust", 7]]
+    ).splitlines()
+    assert lines[2:] == ["東京       8", "e\u0301te\u0301    1,234", "rust       7"]
+    assert lines[0] == "class  train"
+
+
 def test_only_the_first_rank_speaks_and_writes(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("RANK", "1")
     say("twice")
@@ -248,3 +260,9 @@ def test_a_log_that_cannot_be_made_is_named(tmp_path):
         copied_to(tmp_path / "file" / "training.log"),
     ):
         pass
+
+
+@pytest.mark.fault("H32")
+def test_what_is_said_cannot_steer_the_terminal(capsys):
+    say("a\x1b[2Jb\x07\u202e ü\n| a table |")
+    assert capsys.readouterr().out == "a\\x1b[2Jb\\x07\\u202e ü\n| a table |\n"

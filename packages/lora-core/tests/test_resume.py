@@ -504,6 +504,26 @@ def test_two_runs_with_one_seed_are_equal_and_the_order_needs_no_state(every, tm
     assert list(sampler) == list(sampler)
 
 
+@pytest.mark.fault("R17")
+def test_kernels_are_deterministic_on_request_and_after_a_resume(every, tmp_path):
+    """In a process of its own, as torch and its environment stay so."""
+
+    def target(rank):
+        seen = set()
+
+        def noted(model, batch):
+            seen.add(torch.are_deterministic_algorithms_enabled())
+            return loss(model, batch)
+
+        flag = {"trainer": {"full_determinism": True, "save_steps": 1}}
+        made = resumed(every, tmp_path, 20, loss=noted, **flag)
+        assert seen == {True}
+        assert_same_run(every, tmp_path, made)
+
+    (ended,) = processes.run(target, world=1)
+    assert ended.status == 0, ended.output
+
+
 # -- what accompanies a training -------------------------------------------------------------------
 
 
@@ -745,6 +765,20 @@ def test_a_full_disk_on_the_first_process_is_survived_by_both(tmp_path):
     assert [each.status for each in ended] == [0, 0]
     assert "warning: saving at step 10 failed" in ended[0].output
     assert checkpoint.latest(tmp_path).name == "checkpoint-23"
+
+
+@pytest.mark.fault("K01")
+@pytest.mark.parametrize("place", ["old", "new"])
+def test_a_named_checkpoint_is_found_whose_saving_was_killed_between_its_renames(
+    every, tmp_path, place
+):
+    space = tmp_path / ".checkpoint-20.999.0123abcd.tmp"
+    shutil.copytree(every[0] / "checkpoint-20", space / place)
+    (space / ".lora-core").touch()
+    shutil.copy(every[0] / "log.csv", tmp_path)
+    made = train(tmp_path, resume=str(tmp_path / "checkpoint-20"), **EVERY)
+    assert_same_run(every, tmp_path, made)
+    assert not space.exists()
 
 
 @pytest.mark.fault("K06")

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import signal
+import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -313,6 +314,18 @@ def test_a_damaged_memory_is_rebuilt_and_said_once(
         assert check(files) == first
         assert looks(files) == 0
         assert capsys.readouterr().out == ""
+
+
+@pytest.mark.fault("H33")
+def test_what_is_remembered_can_be_read_by_its_owner_only(memory: Path, files: list[Path]) -> None:
+    mask = os.umask(0)
+    try:
+        check(files)
+    finally:
+        os.umask(mask)
+    path = remembered(memory)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
 
 @pytest.mark.fault("R39")

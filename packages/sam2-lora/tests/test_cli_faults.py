@@ -53,6 +53,8 @@ def test_scientific_notation_is_a_number_in_files_flags_and_options(
         (["--options", "bach_size=3"], "", ["bach_size", "'--batch_size'"]),
         ([], "seed: 1\nlora_rnk: 8\n", ["run.yaml, line 2", "lora_rnk", "'lora_rank'"]),
         ([], "qqq: 8\n", ["run.yaml, line 1", "unknown setting qqq", "see --help"]),
+        ([], "config: a.yaml\n", ["line 1: config is a flag of the command line, --config, and"]),
+        ([], "debug: true\n", ["line 1: debug is a flag of the command line, --debug, and no"]),
         (["--trainer.adam_bta1", "0.9"], "", ["--trainer.adam_bta1", "'adam_beta1'"]),
     ],
 )
@@ -103,7 +105,7 @@ def test_a_key_that_stands_twice_is_refused_with_both_lines(
         ("learning_rate: {a: 1}", "learning_rate: expected a number"),
         ("output_dir: [a]", "output_dir: expected text"),
         ("precision: fp61", "precision: expected one of auto, fp32, bf16, fp16, not 'fp61'"),
-        ("trainer: 3", "trainer"),
+        ("trainer: 3", "trainer: expected names with their values, not 3"),
         ("trainer: {adam_beta1: high}", "--trainer.adam_beta1: expected a number, not 'high'"),
     ],
 )
@@ -281,6 +283,91 @@ def test_hidden_gpus_mean_the_cpu_and_a_warning(
     told = capsys.readouterr().err
     assert told.count("running on the CPU") == 1
     assert "error: " in told  # only the data is missing
+
+
+@pytest.mark.fault("C04", "C24")
+@pytest.mark.parametrize(
+    ("verb", "name"),
+    [
+        *(("train", name) for name in ("data_root", "output_dir", "logs_dir", "cache_dir")),
+        *(("train", name) for name in ("checkpoint", "adapter", "resume")),
+        ("find-lr", "ramp_dir"),
+        ("evaluate", "data_root"),
+        ("evaluate", "adapter"),
+        ("evaluate", "output_dir"),
+        ("predict", "output"),
+        ("predict", "adapter"),
+        ("predict", "prompts"),
+        ("merge", "output"),
+        ("merge", "adapter"),
+        ("merge", "checkpoint"),
+        ("prepare", "source"),
+        ("prepare", "output"),
+        ("demo", "output"),
+    ],
+)
+def test_an_empty_path_is_neither_the_current_folder_nor_left_out(
+    verb: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """As `--output_dir "$OUT"` gives it where the variable is not set."""
+    monkeypatch.chdir(tmp_path)
+    needed = {
+        "predict": ["--images", "x.png"],
+        "merge": ["--adapter", "a.torch", "--output", "o.pt"],
+        "prepare": ["--source", "data"],
+    }
+    with no_device():
+        assert sam2_lora([verb, *needed.get(verb, []), f"--{name}="]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: --{name} is empty: "), message
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_name_among_pictures_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sam2_lora(["predict", "--images", "", "a.png"]) == 2
+    assert capsys.readouterr().err.startswith("error: --images holds an empty name")
+
+
+@pytest.mark.fault("C19")
+@pytest.mark.parametrize(
+    ("verb", "words", "expected"),
+    [
+        ("find-lr", ["--ramp_steps", "9"], "--ramp_steps is 9: it must be at least 10"),
+        ("find-lr", ["--ramp_from", "0"], "--ramp_from 0.0, --ramp_to 1.0: above 0, and rising"),
+        ("find-lr", ["--ramp_from", "2"], "--ramp_from 2.0, --ramp_to 1.0: above 0, and rising"),
+        ("find-lr", ["--ramp_to", "1e-9"], "--ramp_to 1e-09: above 0, and rising"),
+        ("find-lr", ["--ramp_to", "1e300"], "--ramp_to 1e+300: above 0, and rising"),
+        ("find-lr", ["--ramp_steps", "9999999999"], "it must be at most 2147483647"),
+        ("find-lr", ["--dry_run"], "--dry_run belongs to `sam2-lora train`"),
+        ("find-lr", ["--resume", "latest"], "--resume belongs to `sam2-lora train`"),
+        ("demo", ["--steps", "0"], "--steps is 0: it must be at least 1"),
+        ("demo", ["--batch_size", "-1"], "--batch_size is -1: it must be at least 1"),
+        ("demo", ["--seeds", "0"], "--seeds is 0: it must be at least 1"),
+        ("demo", ["--learning_rate", "0"], "--learning_rate is 0.0: it must be a finite number"),
+        ("demo", ["--learning_rate", "1e300"], "it must be a finite number above 0"),
+    ],
+)
+def test_settings_of_the_small_commands_are_refused_before_data_and_files(
+    verb: str, words: list[str], expected: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    with no_device():
+        assert sam2_lora([verb, *words]) == 2
+    assert expected in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.fault("C24")
+def test_a_ramp_finds_a_file_in_its_way_before_the_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("x")
+    words = ["--data_root", str(tmp_path / "none"), "--ramp_dir", str(tmp_path / "file")]
+    with no_device():
+        assert sam2_lora(["find-lr", *words]) == 2
+    assert f"--ramp_dir {tmp_path / 'file'}: " in capsys.readouterr().err
 
 
 # -- files of settings -----------------------------------------------------------------------------

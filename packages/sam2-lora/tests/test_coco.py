@@ -108,6 +108,38 @@ def test_crowds_are_left_out_and_counted(tmp_path: Path) -> None:
     assert found.notes == {"crowd annotations left out": 1}
 
 
+def test_ids_of_another_type_are_pointed_out(tmp_path: Path) -> None:
+    """Exporters write ids as text in one list and as numbers in another."""
+    number = content(image_id="1", category_id="3")
+    (line,) = wrong(reading(write(tmp_path / "a", number)))
+    assert "image_id '1' is not among the images; there is the number 1: write both" in line
+    (line,) = wrong(reading(write(tmp_path / "b", content(category_id="3"))))
+    assert "category_id '3' is not among the categories; there is the number 3" in line
+    text = content()
+    text["images"][0]["id"] = "1"
+    (line,) = wrong(reading(write(tmp_path / "c", text)))
+    assert "image_id 1 is not among the images; there is the text '1': write both" in line
+    (line,) = wrong(reading(write(tmp_path / "d", content(image_id="2"))))
+    assert line.endswith("image_id '2' is not among the images")
+
+
+@pytest.mark.fault("C03", "D13")
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('{"images": [], "images": []}', "images"),
+        ('{"images": [], "annotations": [{"id": 1, "bbox": [], "id": 2}]}', "id"),
+        ('{"info": {"a\\u001b[2J": 1, "a\\u001b[2J": 1}}', r"a\x1b[2J"),
+    ],
+)
+def test_a_key_that_stands_twice_in_an_object_is_refused(
+    tmp_path: Path, text: str, key: str
+) -> None:
+    """Python would keep the last and lose the pictures of the first without a word."""
+    (line,) = wrong(reading(write(tmp_path, text)))
+    assert line == f"{tmp_path / 'instances.json'}: the key '{key}' stands twice in one object"
+
+
 def test_without_categories_everything_is_an_object(tmp_path: Path) -> None:
     value = content()
     del value["categories"], value["annotations"][0]["category_id"]
@@ -172,7 +204,9 @@ def test_bad_references_are_named(tmp_path: Path, changes: dict, reason: str) ->
         ({"file_name": "\\\\server\\share\\x.jpg"}, "must be a path below"),
         ({"file_name": "http://host/x.jpg"}, "must be a path below"),
         ({"file_name": "file:x.jpg"}, "must be a path below"),
-        ({"file_name": "a\0.jpg"}, "expected text"),
+        ({"file_name": "a\0.jpg"}, r"file name 'a.x00\.jpg': no file can have it"),
+        ({"file_name": ""}, "file name '': no file can have it"),
+        ({"file_name": "n" * 6000}, r"file name 'n{79}\.\.\.: no file can have it"),
         ({"file_name": None}, "expected text"),
         ({"file_name": "none.jpg"}, "none.jpg: no such file"),
         ({"id": 1.0}, "id is 1.0"),

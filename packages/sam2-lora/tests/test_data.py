@@ -223,6 +223,16 @@ def test_workers_give_the_same_batches_in_every_epoch(tmp_path: Path, persistent
     assert same(batches(0), batches(2))
 
 
+@pytest.mark.fault("R33", "R16")
+def test_a_data_set_that_was_used_already_can_be_sent_to_spawned_workers(tmp_path: Path) -> None:
+    items = tuple(shape(box) for box in BOXES)
+    train = TrainSet(records(tmp_path, items, items[:1]), config(hflip=True))
+    train.set_epoch(1)
+    expected = [train[0], train[1]]
+    loader = DataLoader(train, None, num_workers=1, multiprocessing_context="spawn")
+    assert same(list(loader), expected)
+
+
 def test_cached_features_replace_the_picture(tmp_path: Path) -> None:
     found = records(tmp_path, (shape(BOXES[0]),), ())
     train = TrainSet(found, config())
@@ -445,7 +455,7 @@ def test_pictures_in_two_splits_are_remarked_on(tmp_path: Path) -> None:
     inside = root / "train_split" / "img" / "p000.png"
     (root / "val_split" / "img" / "p002.png").write_bytes(inside.read_bytes())
     text = str(load(config(root)))
-    assert "note: 1 pictures of val are in train too" in text
+    assert "note: 1 picture of val in train too" in text
     assert "val_split/img/p002.png" in text
 
 
@@ -476,8 +486,11 @@ def test_faults_of_all_splits_are_reported_together(tmp_path: Path) -> None:
     [
         ({"train_split": [], "val_split": [BOXES]}, "no pictures in the train split"),
         ({"train_split": [BOXES], "val_split": []}, "no pictures in the val split"),
-        ({"train_split": [[]], "val_split": [BOXES]}, "no objects in the 1 pictures of the train"),
-        ({"train_split": [BOXES], "val_split": [[]]}, "no objects in the 1 pictures of the val"),
+        ({"train_split": [[]], "val_split": [BOXES]}, "no objects in the 1 picture of the train"),
+        (
+            {"train_split": [BOXES], "val_split": [[]]},
+            r"of the val split: add pictures with objects to it$",
+        ),
     ],
 )
 def test_splits_that_teach_nothing_are_refused(tmp_path: Path, splits: dict, reason: str) -> None:

@@ -274,7 +274,7 @@ def test_of_several_frames_the_first_is_used_with_one_note(tmp_path: Path, suffi
         frames = [Image.new("RGB", SIZE[::-1], colour) for colour in ("black", "white")]
         frames[0].save(path.with_suffix(suffix), save_all=True, append_images=frames[1:])
     splits = load(config(root))
-    note = "2 pictures with several frames or pages: the first is used"
+    note = "pictures with several frames or pages, of which the first is used: 2"
     assert note in splits.notes
     assert str(splits).count(note) == 1
     assert EvalSet(splits.train.records, config(root))[1].rgb.max() == 0
@@ -298,8 +298,8 @@ BOMBS = {
     "thin.png": (lambda path: hostile.png_that_claims(path, 2**31 - 1, 1), "150 million pixels"),
     "wrap.png": (lambda path: hostile.png_that_claims(path, 2**16, 2**16), "150 million pixels"),
     "wide.jpg": (lambda path: hostile.jpeg_that_claims(path, 65500, 65500), "150 million pixels"),
-    "text.png": (hostile.png_text_bomb, "Decompressed data too large"),
-    "icc.png": (hostile.png_profile_bomb, "Decompressed data too large"),
+    "text.png": (hostile.png_text_bomb, "unpacks to more than is read"),
+    "icc.png": (hostile.png_profile_bomb, "unpacks to more than is read"),
     "pages.tif": (hostile.tiff_pages, "more than 1000 frames or pages"),
     "frames.gif": (hostile.gif_frames, "more than 1000 frames or pages"),
     "grows.gif": (lambda path: hostile.gif_frames(path, 2, 60000), "a frame of more pixels than"),
@@ -472,7 +472,7 @@ def test_one_picture_trains_in_batches_that_are_larger(
 ) -> None:
     root = folders(tmp_path, train=1, val=0)
     assert main(command(root, batch_size=4)) == 0
-    assert "1 pictures of val are in train too" in capsys.readouterr().out
+    assert "1 picture of val in train too" in capsys.readouterr().out
     drop = ["--trainer.dataloader_drop_last", "true"]
     assert main([*command(root, batch_size=4), *drop]) == 2
     assert "1 training samples make no batch, at least 4 are needed" in capsys.readouterr().err
@@ -485,7 +485,7 @@ def test_pictures_in_two_splits_are_counted_and_named(tmp_path: Path) -> None:
         shutil.copy(root / f"train/images/{original}.png", root / f"val/images/{copy}.png")
     text = str(load(config(root)))
     assert (
-        "note: 2 pictures of val are in train too, so that its scores flatter: "
+        "note: 2 pictures of val in train too, so that its scores flatter: "
         "val/images/7.png, val/images/8.png\n" in f"{text}\n"
     )
 
@@ -696,7 +696,7 @@ def test_outlines_that_are_open_or_cross_or_leave_the_picture_and_crowds_are_fin
     (root / "annotations.json").write_text(json.dumps(content))
     splits = load(config(root))
     assert sum(part.objects.total() for part in splits.counts.values()) == 4
-    assert "1 crowd annotations left out" in splits.notes
+    assert "crowd annotations left out: 1" in splits.notes
 
 
 @pytest.mark.fault("D15")
@@ -825,7 +825,7 @@ def test_a_file_name_that_leaves_the_folder_is_named(
     (root / "annotations.json").write_text(json.dumps(content))
     line = problem(root)
     assert line.startswith(f"{root}/annotations.json: image 2: file name {name!r}: ")
-    assert line.endswith((f"must be a path below {root / 'images'}", "expected text"))
+    assert line.endswith((f"must be a path below {root / 'images'}", "no file can have it"))
 
 
 @pytest.mark.fault("H32")
@@ -956,7 +956,7 @@ def test_bad_pictures_that_are_left_out_are_counted_and_listed(
         assert main(command(root, output_dir=output, **skip)) == 0
         out = capsys.readouterr().out
         (run,) = output.glob("sam2_*")
-        assert f"note: 2 bad samples of train are left out, the first: {root}/train/images/1" in out
+        assert f"note: 2 bad samples of train left out, the first: {root}/train/images/1" in out
         assert f"left out: 2 bad samples, see {run}/bad_samples.jsonl" in out
         assert json.loads((run / "training_summary.json").read_text())["bad_samples"] == 2
         lists.append((run / "bad_samples.jsonl").read_text())
@@ -1023,7 +1023,7 @@ def test_prepare_leaves_out_what_training_would(
     assert not (tmp_path / "out").exists()
     made = prepare.prepare(prepare.Options(**options, on_bad_sample="skip", max_bad_fraction=0.2))
     assert made["train_split"] == 7
-    assert "1 bad samples are left out" in capsys.readouterr().out
+    assert "1 bad sample left out" in capsys.readouterr().out
     (line,) = (tmp_path / "out" / "bad_samples.jsonl").read_text().splitlines()
     assert json.loads(line)["sample"] == "train/images/1.png"
     assert len(load(config(tmp_path / "out")).train) == 7
@@ -1042,7 +1042,7 @@ def test_an_evaluation_leaves_out_what_training_did(tmp_path: Path) -> None:
         evaluate.load_pictures(evaluate.Options(**words))
     pictures = evaluate.load_pictures(evaluate.Options(**words, max_bad_fraction=0.2))
     assert len(pictures) == 7
-    assert any("1 bad samples of val are left out" in note for note in pictures.notes)
+    assert any("1 bad sample of val left out" in note for note in pictures.notes)
 
 
 def test_a_sample_never_stands_for_another(tmp_path: Path) -> None:

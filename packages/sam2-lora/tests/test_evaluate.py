@@ -87,7 +87,7 @@ def test_base_and_adapter_are_scored_side_by_side(
     text = capsys.readouterr().out
     assert "filled box" in text
     assert "2 objects in 3 pictures" in text
-    assert "without objects: 1 pictures; the automatic grid finds some in" in text
+    assert "without objects: 1 picture; the automatic grid finds some in" in text
 
 
 @pytest.mark.fault("R49")
@@ -160,3 +160,23 @@ def test_comparing_shows_the_base_without_the_adapter(
     width = alone.shape[1] // 2 - 20
     assert both.shape[1] > alone.shape[1]
     assert (both[:, :width] == alone[:, :width]).all()
+
+
+@pytest.mark.fault("H19")
+def test_every_picture_has_an_overlay_of_its_own_whatever_its_name(
+    golden_base: Path, data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    for kind in ("images", "masks"):
+        folder = tmp_path / "data" / "test" / kind
+        for name in ("a b", "a_b", "A b", "日" * 83, "n" * 251):
+            shutil.copy(folder / "p0.png", folder / f"{name}.png")
+    output = tmp_path / "out"
+    words = ("--exp_id", "日" * 120, "--examples", "99", "--image_size", "64")
+    run(golden_base, tmp_path / "data", output, *words)
+    names = sorted(path.name.removeprefix(f"{'日' * 33}_") for path in output.glob("*.png"))
+    assert len(names) == 2 + 5
+    assert len({name.casefold() for name in names}) == 7
+    assert {f"test_images_{name}.png" for name in ("A_b", "a_b_2", "a_b_3", "p0")} <= set(names)
+    assert f"{'n' * 100}.png" in names
+    assert f"{'日' * 33}.png" in names

@@ -124,7 +124,17 @@ def test_geometries_that_are_no_area_are_counted_in_one_note(tmp_path: Path) -> 
     annotate(tmp_path, "a.jpg", [line, line, bitmap(mask_of(1, 1, 5, 5))])
     found = reading(tmp_path)
     assert len(found.records[0].objects) == 1
-    assert list(found.notes.items()) == [("objects of geometry 'line' left out: not an area", 2)]
+    assert list(found.notes.items()) == [
+        ("objects left out, of geometry 'line', which is not read", 2)
+    ]
+
+
+def test_a_geometry_written_otherwise_is_no_geometry_to_leave_out(tmp_path: Path) -> None:
+    picture(tmp_path / "img" / "a.jpg")
+    ring = {"exterior": [[1, 2], [3, 4], [5, 1]], "interior": []}
+    annotate(tmp_path, "a.jpg", [{"geometryType": "Polygon", "classTitle": "x", "points": ring}])
+    (line,) = wrong(reading(tmp_path))
+    assert line.endswith("object 1: geometryType 'Polygon', did you mean 'polygon'?")
 
 
 def test_rectangles_include_their_corners_and_end_at_the_border(tmp_path: Path) -> None:
@@ -448,9 +458,13 @@ def test_other_files_are_counted(tmp_path: Path) -> None:
     folders(tmp_path, {"a": mask_of(1, 2, 5, 6).astype(np.uint8)})
     (tmp_path / "images" / "notes.txt").write_text("x")
     (tmp_path / "images" / ".DS_Store").write_text("x")
+    (tmp_path / "images" / "more").mkdir()
     found = reading(tmp_path)
     assert wrong(found) == []
-    assert list(found.notes.values()) == [1]
+    assert found.said() == [
+        f"folders in {tmp_path / 'images'}, which are not looked into: 1",
+        f"files in {tmp_path / 'images'} that are no pictures: 1",
+    ]
 
 
 # -- which format ----------------------------------------------------------------------------------
@@ -459,6 +473,14 @@ def test_other_files_are_counted(tmp_path: Path) -> None:
 def test_a_missing_root_names_the_path_tried(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"/none: no such folder: name that of your data"):
         find(tmp_path / "none")
+
+
+@pytest.mark.fault("C20")
+def test_a_file_in_place_of_the_folder_is_called_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "instances.json"
+    file.write_text("{}")
+    with pytest.raises(DataError, match=f"{file}: a file, expected the folder .* {tmp_path}$"):
+        find(file)
 
 
 def test_an_unknown_layout_lists_the_known_ones(tmp_path: Path) -> None:

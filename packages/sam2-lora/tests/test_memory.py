@@ -17,6 +17,7 @@ import torch
 from lora_core import disk
 from lora_core.config import parse
 from lora_core.memory import estimate, saved_bytes
+from lora_core.testing import hostile
 from lora_core.testing.no_device import no_device
 from sam2_lora import __main__, data, demo, losses, memory, model, placement
 from sam2_lora.config import Config
@@ -304,6 +305,12 @@ def resident() -> int:
     """Bytes of memory of this process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.fault("H32")
+def test_names_of_pictures_are_one_line_of_a_message() -> None:
+    text = memory.describe({"keys": [hostile.CONTROL_NAME], "buckets": []}, Config())
+    assert not set(text) & set("\x1b\x07\r\n")
 
 
 @pytest.mark.slow

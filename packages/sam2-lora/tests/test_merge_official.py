@@ -199,6 +199,39 @@ def test_nothing_is_overwritten_unasked(work: Path) -> None:
         x.export(network, work / "base.safetensors", overwrite=True)
 
 
+@pytest.mark.fault("H43", "C23")
+@pytest.mark.parametrize("kind", ["data", "adapter", "run", "readme"])
+def test_a_merge_replaces_no_folder_that_holds_more_than_a_model(work: Path, kind: str) -> None:
+    network = adapted(work / "base.safetensors")
+    place = work / kind
+    if kind == "adapter":
+        m.save_adapter(network, place)
+    else:
+        x.export(network, place)
+        name = {"data": "images/0.png", "run": "state/checkpoint-5/state.pt", "readme": "README.md"}
+        (place / name[kind]).parent.mkdir(parents=True, exist_ok=True)
+        (place / name[kind]).write_text("precious")
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=rf"{kind} holds '.*', which is not replaced: choose"):
+        x.export(network, place, overwrite=True)
+    words = ["--adapter", str(work / "none"), "--output", str(place), "--overwrite"]
+    with pytest.raises(ConfigError, match="which is not replaced"):
+        merge.main(words)
+    assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.fault("H43")
+def test_a_merge_replaces_the_folder_of_an_earlier_one(work: Path) -> None:
+    network = adapted(work / "base.safetensors")
+    x.export(network, work / "folder")
+    (work / "folder" / "config.json").write_text("{}")
+    x.export(network, work / "folder", overwrite=True)
+    assert masks(m.load(work / "folder")).shape == masks(network).shape
+    (work / "out.pt").mkdir()
+    with pytest.raises(ConfigError, match=r"out\.pt is a folder: choose another"):
+        x.export(network, work / "out.pt", overwrite=True)
+
+
 def test_a_file_that_gives_other_masks_is_not_kept(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,12 +15,13 @@ from PIL import Image
 from lora_core.errors import ConfigError, DataError
 from lora_core.pictures.encodings import decode_counts, encode_counts
 from lora_core.pictures.overlay import LARGEST, draw, panels
+from lora_core.testing import hostile
 from sam2_lora import predict
 from sam2_lora.automatic import Grid, instance_of
 from sam2_lora.model import decode, encode, image_size, load
 from sam2_lora.predict import find_images, rle_string
 from sam2_lora.predictor import Predictor
-from sam2_lora.user_prompts import Prompt, parse_entry
+from sam2_lora.user_prompts import Prompt, parse_entry, read_prompts
 
 OPEN = ["--points_per_side", "3", "--min_score", "0", "--min_stability", "0", "--max_overlap", "1",
         "--min_object_score", "-99"]  # fmt: skip
@@ -136,10 +137,15 @@ def test_flags_with_several_clicks_mean_one_object(
         (("--boxes", "1,2,3"), r"--boxes '1,2,3': expected x0,y0,x1,y1"),
         (("--boxes", "50,20,30,90"), r"x0 < x1"),
         (("--points", "30,40", "--labels", "1", "0"), "one label for each point"),
-        (("--points", "30,40", "--labels", "2"), "a label is 1"),
+        (("--points", "30,40", "--labels", "2"), "--labels 2: a label is 1"),
         (("--points", "30,40", "--boxes", "1,2,30,40", "5,6,70,80"), r"1 object\(s\).*2 box"),
         (("--min_score", "1.5"), "--min_score is 1.5"),
         (("--tile", "-1"), "--tile is -1"),
+        (("--tile", "63"), r"--tile is 63: it must be 0 \(never\) or at least 64 pixels"),
+        (("--points_per_side", "0"), "--points_per_side is 0: it must be 1 to 512"),
+        (("--points_per_side", "513"), "--points_per_side is 513: it must be 1 to 512"),
+        (("--min_area", "0"), "--min_area is 0: it must be at least 1"),
+        (("--adapter", ""), "--adapter is empty"),
         (("--image_size", "100"), "multiples of 32"),
         (("--prompts", "p.json", "--points", "3,4"), "leave out --points"),
     ],
@@ -149,6 +155,39 @@ def test_wrong_flags_are_refused_before_the_model_is_loaded(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         predict.main(["--images", str(pictures), "--checkpoint", "no_such.pt", *flags])
+
+
+def test_all_faults_of_flags_are_reported_together(pictures: Path) -> None:
+    words = ["--points", "5,5,5", "a,b", "--boxes", "1,2", "--labels", "2"]
+    with pytest.raises(ConfigError) as caught:
+        predict.main(["--images", str(pictures), "--checkpoint", "no.pt", *words])
+    assert str(caught.value).splitlines() == [
+        "--labels 2: a label is 1 (on the object) or 0 (beside it)",
+        "--points '5,5,5': expected x,y in pixels, without spaces",
+        "--points 'a,b': expected x,y in pixels, without spaces",
+        "--boxes '1,2': expected x0,y0,x1,y1 in pixels, without spaces",
+    ]
+    words = ["--tile", "3", "--min_score", "7", "--image_size", "100"]
+    with pytest.raises(ConfigError, match=r"min_score is 7(.|\n)*tile is 3(.|\n)*size 100"):
+        predict.main(["--images", str(pictures), "--checkpoint", "no.pt", *words])
+
+
+@pytest.mark.parametrize("tile", [0, 64])
+def test_the_smallest_tile_and_the_densest_grid_are_settings(tile: int) -> None:
+    options = predict.Options(images=["x"], tile=tile, points_per_side=512)
+    assert (options.tile, options.grid().points_per_side) == (tile, 512)
+
+
+def test_a_picture_that_prompts_name_and_nobody_gave_is_answered_with_one_there_is(
+    pictures: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "prompts.json"
+    file.write_text(json.dumps({"photograph.tif": {"points": [[1, 2]]}}))
+    with pytest.raises(DataError) as caught:
+        read_prompts([pictures / "a.png", pictures / "b.png"], file=str(file))
+    assert str(caught.value) == (
+        f"{file}: no picture 'photograph.tif' among --images; there is a.png"
+    )
 
 
 def test_a_prompt_outside_its_picture_is_refused(pictures: Path) -> None:
@@ -341,6 +380,31 @@ def test_an_earlier_prediction_can_be_fed_back(predictor: Predictor) -> None:
     without = predictor.predict(points=[[30, 40], [90, 60]], labels=[1, 0])
     assert second.masks.shape == (1, 96, 160)
     assert np.abs(second.logits - without.logits).max() > 1e-3
+
+
+@pytest.mark.fault("H19")
+@pytest.mark.parametrize(("letter", "most"), [("n", 243), ("ü", 121), ("日", 81)])
+def test_results_of_long_names_are_written_or_refused_before_the_model_is_read(
+    golden_base: Path, pictures: Path, tmp_path: Path, letter: str, most: int
+) -> None:
+    (pictures / "a.png").rename(pictures / f"{letter * most}.png")
+    run(golden_base, pictures, tmp_path, *OPEN)
+    assert (tmp_path / "out" / f"{letter * most}_overlay.png").is_file()
+    assert find_images([str(pictures)])
+    (pictures / "b.png").rename(pictures / f"{letter * (most + 1)}.png")
+    with pytest.raises(DataError, match="names of more than 255 bytes: rename it"):
+        find_images([str(pictures)])
+
+
+@pytest.mark.fault("H32")
+def test_names_of_pictures_cannot_forge_output(
+    golden_base: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pictures / "a.png").rename(pictures / hostile.CONTROL_NAME)
+    run(golden_base, pictures, tmp_path, *OPEN)
+    out = capsys.readouterr().out
+    assert not set(out) & set("\x1b\x07\r")
+    assert len(out.splitlines()) == 3
 
 
 @pytest.mark.fault("K43")

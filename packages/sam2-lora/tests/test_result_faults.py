@@ -1,6 +1,7 @@
 """What comes out: merged files, predictions, figures, cached features, models of the hub."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from sam2_lora import model as m
 from sam2_lora import official
 from sam2_lora.config import Config
 
+COMMIT = "c0de" * 10  # of the repository that the run of these tests is started in
 ADAPTERS = ["adapter", "adapter.torch", "adapter.pth", "adapter.pt"]
 Refused = Callable[..., str]
 Words = Callable[..., list[str]]
@@ -60,6 +62,52 @@ def test_a_merge_that_goes_wrong_is_noticed_by_its_masks_and_leaves_no_file(
     monkeypatch.undo()
     monkeypatch.chdir(work)
     assert program.main(words("merge", "base.safetensors", "adapter")) == 0
+
+
+@pytest.mark.fault("K36", "K37")
+@pytest.mark.parametrize("fault", ["one_layer_left_out", "wrongly_rounded"])
+def test_a_wrong_merge_in_half_precision_is_not_taken_for_rounding(
+    work: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+    words: Words,
+    adapted: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    half_base(work)
+    m.save_adapter(adapted(work / "other.safetensors"), "of_half")
+    right = exporting.merged_state_dict
+
+    def wrong(network: Any, base: Any, rename: Any) -> dict[str, Tensor]:
+        merged = right(network, base, rename=rename)
+        key = next(key for key in merged if merged[key] is not base[key] and "image_enc" in key)
+        if fault == "one_layer_left_out":
+            return merged | {key: base[key]}
+        half = merged[key].itemsize == 2
+        return merged | {key: merged[key] * (1.01 if half else 1)}
+
+    monkeypatch.setattr(exporting, "merged_state_dict", wrong)
+    line = [*words("merge", "other.safetensors", "of_half"), "--dtype", "keep"]
+    assert program.main(line) == 2
+    said = {
+        "one_layer_left_out": "the merged file gives other masks than the adapted model",
+        "wrongly_rounded": "is not the merged value, rounded once",
+    }
+    assert said[fault] in capsys.readouterr().err
+    assert not (work / "out.pt").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(work)
+    assert program.main(line) == 0
+
+
+@pytest.mark.fault("K36")
+@pytest.mark.parametrize("kind", ["point", "box", "correction"])
+def test_masks_that_are_not_numbers_are_no_good_merge(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    difference = dict.fromkeys(("point", "box", "correction"), 1e-6) | {kind: math.nan}
+    monkeypatch.setattr(exporting, "compare", lambda *networks: difference)
+    refused("merge", "gives other masks than the adapted model", adapter="adapter")
 
 
 @pytest.mark.fault("K36", "K42")
@@ -288,7 +336,11 @@ def finished(originals: Path, tmp_path_factory: pytest.TempPathFactory, words: W
     flags = words("train", str(originals / "base.safetensors"), None)
     changed = {"data": str(originals / "data"), "out": str(root / "out"), "out/logs": str(root)}
     flags = [changed.get(word, word) for word in flags]
-    assert program.main([*flags, "--seed", "3"]) == 0
+    (root / ".git").mkdir()
+    (root / ".git" / "HEAD").write_text(COMMIT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        assert program.main([*flags, "--seed", "3"]) == 0
     (folder,) = (root / "out").glob("sam2_*")
     return folder
 
@@ -354,8 +406,21 @@ def test_every_adapter_of_a_run_says_what_it_was_made_of(finished: Path, origina
             file.metadata["base"]["fingerprint"]
             == m.load(originals / "base.safetensors").sam2_base.fingerprint
         )
-        assert file.metadata["commit"] is None or len(file.metadata["commit"]) == 40
+        assert file.metadata["commit"] == COMMIT
     card = (finished / "adapter" / "README.md").read_text()
     for part in ("base.safetensors", '"seed": 3', "transformers", '"step"', "sam2-lora"):
         assert part in card
     assert (finished / "config.yaml").is_file()
+
+
+@pytest.mark.fault("K51")
+def test_what_is_copied_or_published_names_no_place_of_this_machine(
+    finished: Path, originals: Path
+) -> None:
+    states = [path for path in (finished / "state").rglob("*") if path.is_file()]
+    adapters = [*(finished / "adapter").iterdir(), *finished.glob("*.torch")]
+    assert {"manifest.json", "README.md"} <= {path.name for path in (*states, *adapters)}
+    for path in (*states, *adapters):
+        content = path.read_bytes()
+        for place in (originals, finished.parent.parent):
+            assert str(place).encode() not in content, path

@@ -22,7 +22,7 @@ from lora_core.testing.no_device import no_device
 from lora_core.testing.refusals import as_nobody, files_limited_to
 from sam2_lora import demo
 from sam2_lora.__main__ import main as sam2_lora
-from sam2_lora.artifacts import new_run
+from sam2_lora.artifacts import new_run, unfinished
 from sam2_lora.config import Config
 from sam2_lora.train import main
 
@@ -349,6 +349,15 @@ def test_runs_that_start_at_the_same_moment_have_folders_and_tables_of_their_own
     assert len({folder for folder, _ in made}) == 8
     assert len({table for _, table in made}) == 8
     assert len(list((tmp_path / "logs").iterdir())) == 8
+
+
+@pytest.mark.fault("K50")
+def test_of_a_dozen_runs_in_one_minute_the_last_is_continued(tmp_path: Path) -> None:
+    cfg = Config(output_dir=str(tmp_path / "out"), logs_dir=str(tmp_path / "logs"))
+    for _ in range(12):
+        run = new_run(cfg, "tiny")
+        (run.state / "checkpoint-1").mkdir(parents=True)
+        assert unfinished(cfg) == run.folder
 
 
 @pytest.mark.fault("K50")

@@ -79,7 +79,7 @@ def test_a_bad_annotation_of_a_held_out_picture_is_no_less_bad_in_evaluation(
     pictures = load_split(config(tmp_path, **SKIP), "val")
     assert pictures is not None
     assert f"images/{HELD_OUT}.png" not in [record.key for record in pictures.records]
-    assert any("1 bad samples of val are left out" in note for note in pictures.notes)
+    assert any("1 bad sample of val left out" in note for note in pictures.notes)
     (bad_one,) = load(config(tmp_path, **SKIP)).bad
     assert bad_one.split == "val"
 
@@ -210,6 +210,67 @@ def test_rows_are_added_to_a_table_that_a_spreadsheet_has_saved(tmp_path: Path) 
     assert table.read_bytes().startswith(earlier + b"\n")
     with table.open(newline="", encoding="latin-1") as file:
         assert [line["exp_id"] for line in csv.DictReader(file)] == ["Schäden", "new"]
+
+
+def nothing_learnt(root: Path, **settings: Any) -> list[str]:
+    with pytest.raises(DataError) as caught:
+        load(config(root, **settings))
+    return str(caught.value).splitlines()
+
+
+@pytest.mark.fault("D19", "D20", "D27")
+def test_outlines_in_shares_of_the_picture_or_without_area_are_counted(tmp_path: Path) -> None:
+    """Eight numbers of 0..1 are an outline as good as any: it covers no pixel's centre."""
+    save_pictures(tmp_path / "images")
+    shares = annotation(90, 1, segmentation=[[0.1, 0.1, 0.4, 0.1, 0.4, 0.4]])
+    line = annotation(91, 1, segmentation=[[2, 2, 8, 2, 5, 2]])
+    write_coco(tmp_path / "annotations.json", range(8), shares, line)
+    splits = load(config(tmp_path))
+    train = splits.counts["train"]
+    assert (train.small, train.nothing, train.empty) == (2, 2, 0)
+    assert "too small" in str(splits)
+
+
+@pytest.mark.fault("D19", "D20", "D27")
+def test_a_split_without_objects_says_what_was_left_out_and_what_helps(tmp_path: Path) -> None:
+    images, path = tmp_path / "images", tmp_path / "annotations.json"
+    save_pictures(images)
+
+    def write(**changed: Any) -> None:
+        content = {
+            "images": [image(number) for number in range(8)],
+            "annotations": [annotation(number, number, **changed) for number in range(8)],
+            "categories": [{"id": 1, "name": "rust"}],
+        }
+        path.write_text(json.dumps(content))
+
+    write(iscrowd=1)
+    title, note = nothing_learnt(tmp_path)
+    start, end = f"{tmp_path}: no objects in the ", ": add pictures with objects to it"
+    assert title == f"{start}6 pictures of the train split{end}"
+    assert note == "note: crowd annotations left out: 8"
+    write(segmentation=[[0.1, 0.1, 0.4, 0.1, 0.4, 0.4]])
+    (title,) = nothing_learnt(tmp_path)
+    without = "6 without a single pixel, as outlines in shares of the picture are"
+    assert title == f"{start}6 pictures of the train split ({without}){end}"
+    write()
+    settings = config(tmp_path)
+    settings.min_object_area = 99
+    with pytest.raises(DataError) as caught:
+        load(settings)
+    assert str(caught.value) == (
+        f"{start}6 pictures of the train split (6 smaller than --min_object_area 99){end}, "
+        "or lower --min_object_area"
+    )
+    write()
+    held_out = [int(record.image.stem) for record in load(config(tmp_path)).val.records]
+    content = json.loads(path.read_text())
+    content["annotations"] = [
+        one for one in content["annotations"] if one["image_id"] not in held_out
+    ]
+    path.write_text(json.dumps(content))
+    (title,) = nothing_learnt(tmp_path)
+    assert title == f"{start}2 pictures of the val split{end}, or set another --val_fraction"
 
 
 def test_prepare_does_not_replace_a_file(tmp_path: Path) -> None:

@@ -208,7 +208,10 @@ def test_resuming_a_finished_run_changes_nothing(
 
     before = content()
     assert main(["--resume", str(run_folder(finished))]) == 0
-    assert "already finished" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "already finished" in out
+    assert "continuing" not in out, "nothing is"
+    assert "resume None" not in out, "--resume is no setting that has changed"
     assert content() == before
 
 
@@ -427,8 +430,9 @@ def test_a_run_continues_from_its_last_step_only(finished: Path) -> None:
     others = set(folder.glob("*.torch")) - {latest}
     assert {path.name.partition("_")[0] for path in others} == {"best", "final"}
     for path in others:
-        with pytest.raises(CheckpointError, match=r"latest_lora_step file.*--adapter"):
+        with pytest.raises(CheckpointError, match="or its latest_lora_step file") as caught:
             find_run(str(path))
+        assert ("--adapter" in str(caught.value)) == ("_lora_" in path.name), "a merged one is none"
     with pytest.raises(CheckpointError, match="no such file or folder"):
         find_run(str(finished / "gone.torch"))
 
@@ -488,7 +492,7 @@ def test_the_legacy_loss_trains_where_most_pictures_hold_nothing(
         empty = np.zeros((SIDE, SIDE), np.uint8)
         Image.fromarray(empty).save(tmp_path / "data" / "train" / "masks" / f"{number}.png")
     assert main(command(tmp_path / "data", tmp_path / "out", loss="legacy")) == 0
-    assert "--loss legacy trains on the 1 pictures with objects" in capsys.readouterr().out
+    assert "--loss legacy trains on the 1 picture with objects" in capsys.readouterr().out
 
 
 def test_without_a_val_folder_a_part_validates_and_the_best_is_exported(
@@ -521,6 +525,24 @@ def test_bad_input_ends_with_one_message_and_no_folder(
 @pytest.mark.parametrize(("value", "text"), [(1e-3, "1e-3"), (1e-5, "1e-5"), (2.5e-4, "2.5e-4")])
 def test_learning_rates_are_written_as_people_do(value: float, text: str) -> None:
     assert plain(value) == text
+
+
+@pytest.mark.fault("C28")
+def test_a_place_inside_a_run_leads_to_the_run(finished: Path, tmp_path: Path) -> None:
+    folder = run_folder(finished)
+    inside = ["adapter", "state", "state/checkpoint-6", "state/checkpoint-6/manifest.json"]
+    for name in inside:
+        with pytest.raises(CheckpointError, match=rf"It lies in one: --resume {folder}($|\.)"):
+            find_run(str(folder / name))
+    with pytest.raises(CheckpointError, match="weights alone: --adapter"):
+        find_run(str(folder / "adapter"))
+    for name in ("config.yaml", "training_summary.json"):
+        with pytest.raises(CheckpointError, match=f"give its folder {folder}") as caught:
+            find_run(str(folder / name))
+        assert "--adapter" not in str(caught.value), "it cannot be one"
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(CheckpointError, match=r"no run of sam2-lora train\.$"):
+        find_run(str(tmp_path / "notes.txt"))
 
 
 def test_a_folder_of_another_kind_is_no_run(tmp_path: Path) -> None:

@@ -190,9 +190,9 @@ def test_masks_at_the_original_size_are_those_of_pycocotools(golden: Golden) -> 
 def test_what_was_passed_over_is_counted() -> None:
     splits = golden_splits()
     text = str(splits)
-    assert "note: 1 boxes without width or height: left out" in text
+    assert "note: boxes without width or height, left out: 1" in text
     assert "note: train: 1 crowd regions left out (--dataset.keep_crowd)" in text
-    assert "note: 1 boxes that leave their picture: cut\n" in text
+    assert "note: boxes that leave their picture, cut: 1\n" in text
     counts = splits.counts["train"]
     assert (counts.pictures, counts.empty, counts.masks) == (3, 1, 5)
     assert counts.objects == {"bolt": 4, "nut": 2, "washer": 1}

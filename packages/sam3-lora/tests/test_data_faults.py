@@ -174,7 +174,7 @@ def test_a_picture_that_is_cut_off_is_found_by_decoding_it(train: Path) -> None:
     assert line.startswith(f"{path}: cannot be read: ")
     splits = load(config(train, **SKIP))
     assert [record.key for record in splits.train.records] == ["0.png", "1.png", "3.png"]
-    assert f"1 bad samples of train are left out, the first: {line}" in splits.notes
+    assert f"1 bad sample of train left out, the first: {line}" in splits.notes
 
 
 @pytest.mark.fault("D03")
@@ -297,7 +297,7 @@ def test_pictures_in_two_splits_are_counted_and_named(train: Path) -> None:
     valid = train.parent / "valid"
     coco(valid, seed=2)
     text = str(load(config(train, valid)))
-    note = "note: 2 pictures of val are in train too, so that its scores flatter: 0.png, 1.png\n"
+    note = "note: 2 pictures of val in train too, so that its scores flatter: 0.png, 1.png\n"
     assert note in f"{text}\n"
 
 
@@ -525,7 +525,7 @@ def first_object(splits: Splits) -> Any:
 def test_a_box_that_leaves_its_picture_is_cut_as_corners_and_counted(train: Path) -> None:
     splits = changed(train, bbox=[-4, 20, 14, 100])
     assert first_object(splits).box == (0, 20, 10, 40)
-    assert "1 boxes that leave their picture: cut" in splits.notes
+    assert "boxes that leave their picture, cut: 1" in splits.notes
     rounded = changed(train, bbox=[80, 20, 10.6, 20.4])
     assert first_object(rounded).box == (80, 20, 90, 40)
     assert not any("leave their picture" in note for note in rounded.notes)
@@ -536,7 +536,7 @@ def test_a_box_that_leaves_its_picture_is_cut_as_corners_and_counted(train: Path
 def test_a_box_without_width_or_height_is_left_out_and_counted(train: Path, bbox: list) -> None:
     splits = changed(train, bbox=bbox)
     assert splits.train.records[0].instances() == ([], 0)
-    assert "1 boxes without width or height: left out" in splits.notes
+    assert "boxes without width or height, left out: 1" in splits.notes
     assert [query.phrase for query in splits.train[0].queries] == ["rust", "dent"]
 
 
@@ -669,7 +669,7 @@ def test_run_lengths_may_be_a_list_or_text(train: Path, text: bool) -> None:
 def test_run_lengths_of_another_size_are_resized_and_counted(train: Path) -> None:
     half = {"size": [20, 45], "counts": [102, *[13, 7] * 14, 13, 505]}
     splits = changed(train, segmentation=half)
-    assert "1 masks written for another size than their picture's: resized" in splits.notes
+    assert "masks written for another size than their picture's, resized: 1" in splits.notes
     item = first_object(splits).mask
     assert item.size == SIZE
     assert (item.area, item.origin) == (30 * 26, (10, 4))

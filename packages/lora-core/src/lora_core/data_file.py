@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
 from lora_core.errors import DataError, one_line
+from lora_core.settings.types import shown
 
 MAX_JSON = 2**31  # bytes; COCO's own files have 0.5 GB
-# bytes; COCO's own files have 0.5 GB
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -67,7 +67,7 @@ def read_json_of_many(path: Path) -> tuple[Any, bool]:
         found = dict(pairs)
         if len(found) < len(pairs):  # Python would keep the last and lose the others
             twice = next(key for key, count in Counter(k for k, _ in pairs).items() if count > 1)
-            raise DataError(f"{one_line(path)}: the key {twice!r} stands twice in one object")
+            raise DataError(f"{one_line(path)}: the key {shown(twice)} stands twice in one object")
         return found
 
     data = _json_bytes(path)

@@ -6,8 +6,10 @@ traceback), 130 stopped by Ctrl-C, 143 stopped by SIGTERM, SIGHUP or SIGUSR1.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
+import gc
 import os
 import select
 import sys
@@ -93,6 +95,10 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
     if "RANK" in os.environ:  # torch's remarks on connections are stack traces; it reads this once
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     _warned.clear()
+    # Python would search all that torch has made for cycles before it ends: a second, or three
+    # where others work too. The memory goes with the process.
+    atexit.unregister(gc.freeze)
+    atexit.register(gc.freeze)
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         last_status = _status(main, list(sys.argv[1:] if argv is None else argv))

@@ -52,11 +52,20 @@ class Curve:
         rates: learning rates, rising.
         ratios: loss over the loss of the same batch at the start.
         smooth: the ratios smoothed.
+        diverged: the loss did, before all steps were done.
     """
 
     rates: tuple[float, ...]
     ratios: tuple[float, ...]
     smooth: tuple[float, ...]
+    diverged: bool = False
+
+    @property
+    def end(self) -> str:
+        """Why the ramp ended, for people."""
+        if self.diverged:
+            return f"ended after {len(self.rates)} steps: the loss diverged"
+        return f"all {len(self.rates)} steps done"
 
     @property
     def learned(self) -> bool:
@@ -170,6 +179,7 @@ def _climb(
 ) -> Curve:
     """Update by update, until the loss has diverged; a loss that is not finite does not count."""
     ratios: list[float] = []
+    diverged = False
     trained = [p for p in module.parameters() if p.requires_grad]
     with Progress(len(rates)) as progress:
         for rate, window in zip(rates, windows, strict=False):
@@ -183,13 +193,14 @@ def _climb(
                 (value / len(window)).backward()
                 now += float(value.detach())
             ratio = now / sum(started for (_, started), _ in window)
-            if not math.isfinite(ratio) or has_diverged([*ratios, ratio]):
+            diverged = not math.isfinite(ratio) or has_diverged([*ratios, ratio])
+            if diverged:
                 break
             ratios.append(ratio)
             if torch.isfinite(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm)):
                 optimizer.step()
             progress.update(len(ratios))
-    return Curve(tuple(rates[: len(ratios)]), tuple(ratios), tuple(smoothed(ratios)))
+    return Curve(tuple(rates[: len(ratios)]), tuple(ratios), tuple(smoothed(ratios)), diverged)
 
 
 def _again_and_again(
@@ -203,7 +214,7 @@ def _again_and_again(
 # -- files -----------------------------------------------------------------------------------------
 
 SIZE, LEFT, TOP, RIGHT, BOTTOM = (900, 520), 70, 50, 20, 50  # of the picture and its margins
-INK, FAINT, LINE, MARK = "#222222", "#c8d2dc", "#1f77b4", "#d62728"
+INK, FAINT, LINE, MARK, ABOVE = "#222222", "#c8d2dc", "#1f77b4", "#d62728", "#e08214"
 
 
 def write(curve: Curve, folder: str | Path) -> tuple[Path, Path]:
@@ -227,7 +238,10 @@ def write(curve: Curve, folder: str | Path) -> tuple[Path, Path]:
 
 
 def draw(curve: Curve) -> Image.Image:
-    """The curve over a logarithmic axis: ratios as dots, smoothed line, suggestion."""
+    """The curve over a logarithmic axis: ratios as dots, smoothed line, suggestion.
+
+    A ratio above the picture is a triangle at its upper border.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
     width, height = SIZE
@@ -245,7 +259,10 @@ def draw(curve: Curve) -> Image.Image:
         pen.text((x, 2 * (height - BOTTOM) + 10), f"1e{power}", INK, font, anchor="ma")
     for rate, ratio in zip(curve.rates, curve.ratios, strict=True):
         x, y = x_of(rate), y_of(min(ratio, top))
-        pen.ellipse([x - 5, y - 5, x + 5, y + 5], "#9db8cc")
+        if ratio > top:
+            pen.polygon([(x - 8, y), (x + 8, y), (x, y - 14)], ABOVE)
+        else:
+            pen.ellipse([x - 5, y - 5, x + 5, y + 5], "#9db8cc")
     points = [(x_of(r), y_of(min(s, top))) for r, s in zip(curve.rates, curve.smooth, strict=True)]
     pen.line(points, LINE, 6, joint="curve")
     title = "loss over the same batch's loss at the start"
@@ -254,7 +271,10 @@ def draw(curve: Curve) -> Image.Image:
         pen.line([(x, 2 * TOP), (x, 2 * (height - BOTTOM))], MARK, 4)
         title += f"; suggested learning rate {rounded(curve.suggestion):.0e}"
     pen.text((2 * LEFT, 2 * 16), title, INK, font)
-    pen.text((width, 2 * height - 12), "learning rate", INK, font, anchor="ms")
+    below = f"learning rate ({curve.end})"
+    if max(curve.ratios) > top:
+        below += f"; triangles: above {top:g}"
+    pen.text((width, 2 * height - 12), below, INK, font, anchor="ms")
     return image.reduce(2)
 
 

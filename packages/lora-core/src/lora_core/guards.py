@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -76,3 +76,13 @@ def count_problem(config: object, name: str, least: int) -> Iterator[str]:
         yield f"--{name} is {shown(value)}: it must be at least {least}"
     elif value > most:
         yield f"--{name} is {shown(value)}: it must be at most {most}"
+
+
+def unnamed(settings: object, names: Iterable[str]) -> Iterator[str]:
+    """Yield a line for each path that is the empty text, as an unset variable of a shell gives it.
+
+    It would mean the current folder, or that nothing was given.
+    """
+    for name in names:
+        if getattr(settings, name) == "":
+            yield f"--{name} is empty: give a path (. is the current folder), or leave it out"

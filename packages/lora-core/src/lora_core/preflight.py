@@ -120,8 +120,11 @@ def writable(folder: str | Path, setting: str) -> None:
         setting: how the user names it, such as `--output_dir`.
 
     Raises:
-        ConfigError: a file is in the way, a name is too long, no right to write, or no space.
+        ConfigError: no name, a file is in the way, a name is too long, no right to write, or no
+            space.
     """
+    if not os.fspath(folder):  # of an unset variable of a shell; it would be the current folder
+        raise ConfigError(f"{setting} is empty: name a folder; . is the current one")
     path = Path(folder).absolute()
     place = f"{setting} {printable(str(path)[:300])}"
     longest = max(map(len, map(os.fsencode, path.parts)))

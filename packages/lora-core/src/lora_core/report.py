@@ -12,12 +12,13 @@ import os
 import shutil
 import sys
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from lora_core.errors import ConfigError, one_line
+from lora_core.errors import ConfigError, one_line, printable
 
 _bar: Progress | None = None  # the bar that is on the screen, if any
 _copy: IO[str] | None = None  # a file that gets every line, too
@@ -29,9 +30,13 @@ def is_first_rank() -> bool:
 
 
 def say(text: object = "") -> None:
-    """Print a line for people: from rank 0 only, at once, and without harm to a progress bar."""
+    """Print a line for people: from rank 0 only, at once, and without harm to a progress bar.
+
+    What is named in it may come from strangers: control characters are escaped, but line ends.
+    """
     if not is_first_rank():
         return
+    text = printable(text)
     if _bar is not None:
         _put("\r\x1b[K")
     _put(f"{text}\n")
@@ -101,21 +106,34 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def plural(count: int, noun: str) -> str:
+    """Write `1 file`, `2 files`."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def _width(text: str) -> int:
+    """How many columns of a terminal a text takes: two for 東, none for a mark above a letter."""
+    return sum(
+        0 if unicodedata.combining(letter) else 1 + (unicodedata.east_asian_width(letter) in "FW")
+        for letter in text
+    )
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Set `rows` in columns under `header`; columns of numbers are aligned to the right."""
     rows = [list(row) for row in rows]
     texts = [[one_line(figure(value)) for value in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(header, *texts, strict=True)]
+    widths = [max(map(_width, column)) for column in zip(header, *texts, strict=True)]
     numeric = [
         bool(rows) and all(isinstance(row[i], (int, float)) for row in rows)
         for i in range(len(header))
     ]
 
     def line(cells: Sequence[str]) -> str:
-        padded = [
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(cells, widths, numeric, strict=True)
-        ]
+        padded = []
+        for cell, width, right in zip(cells, widths, numeric, strict=True):
+            space = " " * (width - _width(cell))
+            padded.append(space + cell if right else cell + space)
         return "  ".join(padded).rstrip()
 
     return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, texts)])

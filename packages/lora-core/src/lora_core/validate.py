@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from lora_core import shielded
 from lora_core.errors import DataError, listing, one_line
-from lora_core.report import Progress, duration, say
+from lora_core.report import Progress, duration, plural, say
 from lora_core.shielded import Limits, Outcome
 
 REPORT = "bad_samples.jsonl"
@@ -194,7 +194,7 @@ class Remembered:
             else:
                 damaged += 1
         if damaged:
-            say(f"{path}: {damaged} damaged lines; those samples are looked at again")
+            say(f"{path}: {plural(damaged, 'damaged line')}; what stood there is looked at again")
             self._rewrite(path)
 
     def _rewrite(self, path: Path) -> None:
@@ -279,7 +279,7 @@ def stop_or_skip(
     if not bad:
         return
     problems = list(dict.fromkeys(line for one in bad for line in one.reason.splitlines()))
-    title = f"{root.absolute()}: {len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    title = f"{root.absolute()}: {plural(len(problems), 'problem')}"
     if on_bad_sample == "stop":
         count = len(samples(bad))
         what = "it, or leave it out" if count == 1 else f"them, or leave the {count} samples out"

@@ -31,6 +31,11 @@ from sam2_lora.config import Config
 if TYPE_CHECKING:
     from transformers import Sam2Model
 
+# Settings that name a place on one machine: nothing that may be copied or published holds them.
+PLACES = frozenset(
+    {"data_root", "checkpoint", "adapter", "resume", "output_dir", "logs_dir", "cache_dir"}
+)
+
 _NAME = re.compile(r"sam2_\w+_lora_r\d+_a[\d.e+-]+_lr[^_]+_(?P<stamp>\d{8}_\d{4}(?:_\d+)?)")
 _BEST = re.compile(
     r"best_(?P<kind>lora|merged)_step(?P<step>\d+)_iou(?P<iou>[\d.]+|nan)_dice([\d.]+|nan)\.torch"
@@ -99,7 +104,7 @@ def new_run(cfg: Config, size: str) -> Run:
 
 def unfinished(cfg: Config) -> Path | None:
     """The latest run in the output folder with the same settings that stopped before its end."""
-    for folder in sorted(Path(cfg.output_dir).glob("sam2_*"), reverse=True):
+    for folder in sorted(Path(cfg.output_dir).glob("sam2_*"), key=_started, reverse=True):
         saved = any(folder.glob("state/checkpoint-*/"))
         stopped = saved and not (folder / "training_summary.json").exists()
         if stopped and (folder / "config.yaml").is_file():
@@ -110,6 +115,13 @@ def unfinished(cfg: Config) -> Path | None:
             if _asked_for(stored) == _asked_for(cfg):
                 return folder
     return None
+
+
+def _started(folder: Path) -> tuple[str, str, int]:
+    """Day, time and number in its minute of a run: as text the tenth would precede the second."""
+    name = _NAME.fullmatch(folder.name)
+    day, time, *number = name["stamp"].split("_") if name else ("", "")
+    return day, time, int(number[0]) if number else 1
 
 
 def _asked_for(cfg: Config) -> str:
@@ -130,16 +142,32 @@ def find_run(resume: str) -> Run:
     if not path.exists():
         raise CheckpointError(f"--resume {path.absolute()}: no such file or folder")
     folder = path if path.is_dir() else path.parent
-    name = _NAME.fullmatch(folder.resolve().name)
-    hint = f" To start from its weights alone: --adapter {resume}" if path.is_file() else ""
-    if name is None or not (folder / "config.yaml").is_file():
+    hint = f" To start from its weights alone: --adapter {resume}" if _may_adapt(path) else ""
+    stamp = _stamp(folder)
+    if stamp is None:
+        around = [above for above in path.absolute().parents[:3] if _stamp(above)]
+        if around:
+            hint = f" It lies in one: --resume {around[0]}{hint and '.'}{hint}"
         raise CheckpointError(f"--resume {path.absolute()}: no run of sam2-lora train.{hint}")
     if path.is_file() and not _LATEST.fullmatch(path.name):
         raise CheckpointError(
             f"--resume {path.absolute()}: a run continues from its last step, so give its folder "
-            f"or its latest_lora_step file.{hint}"
+            f"{folder} or its latest_lora_step file.{hint}"
         )
-    return Run(folder, name["stamp"])
+    return Run(folder, stamp)
+
+
+def _stamp(folder: Path) -> str | None:
+    """That of a run's folder; None if it is none."""
+    name = _NAME.fullmatch(folder.resolve().name)
+    return name["stamp"] if name and (folder / "config.yaml").is_file() else None
+
+
+def _may_adapt(path: Path) -> bool:
+    """Whether `--adapter` could take it, by its name."""
+    if path.is_dir():
+        return (path / "adapter_config.json").is_file()
+    return path.suffix in {".torch", ".pt", ".pth", ".safetensors"} and "_merged_" not in path.name
 
 
 def checkpoint_of(run: Run, resume: str) -> str | bool:
@@ -150,6 +178,11 @@ def checkpoint_of(run: Run, resume: str) -> str | bool:
     if name is None or Path(resume).is_dir():
         return True
     return str(checkpoint.folder(run.state, int(name["step"])))
+
+
+def without_places(cfg: Config) -> dict[str, Any]:
+    """The settings as plain values that hold wherever the run is copied to."""
+    return {name: value for name, value in settings.plain(cfg).items() if name not in PLACES}
 
 
 def plain(value: float) -> str:
@@ -243,7 +276,7 @@ class Artifacts:
             "seed": self.cfg.seed,
             "data": self.data,
             "commit": commit(),
-            "settings": settings.plain(self.cfg),
+            "settings": without_places(self.cfg),
         }
         if metrics is not None:
             facts |= {"iou": metrics["iou"], "dice": metrics["dice"]}

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from lora_core.config import MAX_FLOAT, option
 from lora_core.errors import ConfigError, near
-from lora_core.guards import Guards, count_problem
+from lora_core.guards import Guards, count_problem, unnamed
 from lora_core.settings.types import shown
 
 AT_LEAST_ONE = (
@@ -19,6 +19,7 @@ AT_LEAST_ONE = (
 AT_LEAST_ZERO = ("max_val_images", "num_workers", "warmup_steps", "min_object_area", "seed")
 LARGEST_SIDE = 16384  # pixels of the model's input
 STRIDE = 32  # Hiera: patches of 4 pixels, window positions of 8 patches
+PATHS = ("checkpoint", "adapter", "data_root", "output_dir", "logs_dir", "resume", "cache_dir")
 # Preset of `--targets` -> roles of `placement`.
 PRESETS = {
     "default": ("encoder_attention", "decoder_attention", "decoder_mlp"),
@@ -164,6 +165,7 @@ class Config(Guards):
     def problems(self) -> Iterator[str]:
         """Yield what cannot work, each as one line."""
         yield from super().problems()
+        yield from unnamed(self, PATHS)
         for name in AT_LEAST_ONE:
             yield from count_problem(self, name, 1)
         for name in AT_LEAST_ZERO:

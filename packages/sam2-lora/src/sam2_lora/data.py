@@ -27,7 +27,7 @@ from lora_core.pictures.files import read_image
 from lora_core.pictures.masks import Object, Size, resized
 from lora_core.pictures.reading import Reading
 from lora_core.pictures.survey import Surveyed, left_out, remarks, without
-from lora_core.report import table
+from lora_core.report import plural, table
 from lora_core.training.loading import retried
 from lora_core.validate import Bad
 from sam2_lora.config import Config
@@ -321,12 +321,13 @@ def load(cfg: Config, share: Callable[[Callable[[], Any]], Any] = lambda make: m
         here.append((parts, reading))
     parts, reading = here[0]
     parts = without(parts, bad, facts, Path(cfg.data_root))
-    counts = counted(parts, facts, cfg)
+    counts = counted(parts, facts, cfg, reading)
     notes = reading.said() + remarks(parts) + left_out(bad)
     if cfg.loss == "legacy":
         # Without an object score there is nothing to learn from a picture that holds no object.
         parts["train"] = [r for r in parts["train"] if facts["train", r.key]["objects"]]
-        notes.append(f"--loss legacy trains on the {len(parts['train'])} pictures with objects")
+        trained = plural(len(parts["train"]), "picture")
+        notes.append(f"--loss legacy trains on the {trained} with objects")
     classes = sorted({label for part in counts.values() for label in part.objects})
     test = EvalSet(parts["test"], cfg) if "test" in parts else None
     objects = [sum(facts["train", r.key]["objects"].values()) for r in parts["train"]]
@@ -346,5 +347,5 @@ def load_split(cfg: Config, split: str) -> EvalSet | None:
     parts = {split: parts[split]}
     facts, bad = settled(parts, [one for one in known if one.split == split], cfg)
     parts = without(parts, bad, facts, Path(cfg.data_root))
-    counted(parts, facts, cfg)
+    counted(parts, facts, cfg, reading)
     return EvalSet(parts[split], cfg, reading.said() + left_out(bad))

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_core.config import option, parse
+from lora_core.config import MAX_FLOAT, option, parse
 from lora_core.errors import ConfigError
+from lora_core.guards import count_problem
 from lora_core.preflight import writable
 from lora_core.report import duration, say, table
 
@@ -42,13 +43,11 @@ class Options:
     )
 
     def __post_init__(self) -> None:
-        wrong = [
-            f"--{name} is {getattr(self, name)}: it must be at least 1"
-            for name in ("steps", "batch_size", "seeds")
-            if getattr(self, name) < 1
-        ]
-        if not self.learning_rate > 0:
-            wrong.append(f"--learning_rate is {self.learning_rate}: it must be above 0")
+        counts = ("steps", "batch_size", "seeds")
+        wrong = [line for name in counts for line in count_problem(self, name, 1)]
+        if not 0 < self.learning_rate <= MAX_FLOAT:
+            rate = f"--learning_rate is {self.learning_rate}"
+            wrong.append(f"{rate}: it must be a finite number above 0")
         if wrong:
             raise ConfigError("\n".join(wrong))
 

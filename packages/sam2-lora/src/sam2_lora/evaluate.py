@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lora_core.config import option, parse
 from lora_core.errors import ConfigError, DataError
+from lora_core.guards import unnamed
 from lora_core.preflight import writable
 from sam2_lora.config import (
     Config,
@@ -45,6 +46,7 @@ TABLE = {
 }  # fmt: skip
 CAPTIONS = {"base": "base", "lora": "LoRA", "model": "model"}
 TIMED_PICTURES = 20
+NAME_BYTES = 100  # of each half of an overlay's file name, of at most 255 in all
 
 
 @dataclass
@@ -93,6 +95,8 @@ class Options:
         for name in ("examples", "max_images"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name} is {getattr(self, name)}: it must not be negative")
+        if empty := list(unnamed(self, ["adapter"])):
+            raise ConfigError("\n".join(empty))
         self.config()  # raises what training would raise
 
     def config(self) -> Config:
@@ -118,7 +122,8 @@ class Options:
     def name(self) -> str:
         """The evaluation's name, fit for a file."""
         given = self.exp_id or Path(self.adapter or self.checkpoint).stem
-        return re.sub(r"[^\w.+-]+", "_", given).strip("._")[:100] or "evaluation"
+        name = re.sub(r"[^\w.+-]+", "_", given).strip("._")
+        return name.encode()[:NAME_BYTES].decode(errors="ignore") or "evaluation"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -220,7 +225,7 @@ def seconds_per_picture(predictor: Predictor, pictures: EvalSet) -> float:
 
 def report(figures: dict[str, dict[str, float]]) -> str:
     """The table for people, with the filled box as the row that needs no model at all."""
-    from lora_core.report import table
+    from lora_core.report import plural, table
 
     first = next(iter(figures.values()))
     boxes = [f"{first['filled_box_iou']:.4f}" if key == "box_iou" else "" for key in TABLE]
@@ -228,15 +233,16 @@ def report(figures: dict[str, dict[str, float]]) -> str:
     for name, values in figures.items():
         rows.append([CAPTIONS[name], *(f"{values[key]:.4f}" for key in TABLE)])
     lines = [table(["", *TABLE.values()], rows)]
-    lines.append(f"{first['objects']:.0f} objects in {first['images']:.0f} pictures")
+    objects = plural(round(first["objects"]), "object")
+    lines.append(f"{objects} in {plural(round(first['images']), 'picture')}")
     if first["empty_images"]:
         alarms = ", ".join(
             f"{values['false_positive_images']:.0f} ({CAPTIONS[name]})"
             for name, values in figures.items()
         )
         lines.append(
-            f"without objects: {first['empty_images']:.0f} pictures; the automatic grid finds some "
-            f"in {alarms}"
+            f"without objects: {plural(round(first['empty_images']), 'picture')}; the automatic "
+            f"grid finds some in {alarms}"
         )
     if text := worse(figures):
         lines.append(text)
@@ -267,10 +273,27 @@ def write_examples(folder: Path, predictor: Predictor, pictures: EvalSet, option
     """Overlays of the first pictures that hold objects."""
     from lora_core.pictures.overlay import save
 
+    taken: set[str] = set()
     for record in islice((record for record in pictures if record.objects), options.examples):
-        stem = re.sub(r"[^\w+-]+", "_", str(Path(record.key).with_suffix("")))[-100:]
         sheet = compare(predictor, record, [CAPTIONS[name] for name in _models(options)])
-        save(folder / f"{options.name}_{stem}.png", sheet)
+        save(folder / f"{options.name}_{_slug(record.key, taken)}.png", sheet)
+
+
+def _slug(key: str, taken: set[str]) -> str:
+    """A picture's key as the end of a file name, and another one for each picture.
+
+    Args:
+        key: path below the data, of any length and with any letters.
+        taken: the names given so far; this one is added.
+    """
+    text = re.sub(r"[^\w+-]+", "_", str(Path(key).with_suffix("")))
+    stem = text.encode()[-NAME_BYTES:].decode(errors="ignore")
+    found, number = stem, 1
+    while found.casefold() in taken:
+        number += 1
+        found = f"{stem}_{number}"
+    taken.add(found.casefold())
+    return found
 
 
 def compare(predictor: Predictor, record: EvalRecord, models: Sequence[str]) -> NDArray[np.uint8]:

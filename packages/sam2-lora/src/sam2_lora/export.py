@@ -113,13 +113,9 @@ def export(
         _write(trial, merged, base)
         found = read_official(trial)
         changed = _check_tensors(found, merged, base)
+        unrounded = _before_rounding(model, merged, base)
         difference = compare(model, from_file(found))
-        rounded = any(t.is_floating_point() and t.itemsize < 4 for t in merged.image.values())
-        if not rounded and not all(value <= TOLERANCE for value in difference.values()):
-            raise NumericError(
-                f"the merged file gives other masks than the adapted model: {difference}, allowed "
-                f"{TOLERANCE}. It was not kept"
-            )
+        _check_masks(difference if unrounded is merged else compare(model, from_file(unrounded)))
         move(_parts(trial, base), parts)
     return Merged(output, len(found.tensors), changed, difference)
 
@@ -180,6 +176,29 @@ def _check_tensors(found: OfficialFile, merged: OfficialFile, base: OfficialFile
             raise NumericError(f"{found.path}: the adapter changed {name} of the video memory")
         changed += not torch.equal(tensor, base.tensors[name].to(tensor.dtype))
     return changed
+
+
+def _before_rounding(model: Sam2Model, merged: OfficialFile, base: OfficialFile) -> OfficialFile:
+    """The merged file in float32, whose masks must be the model's; half precision has others.
+
+    Raises:
+        NumericError: `merged` is something else than its rounding.
+    """
+    if not any(t.is_floating_point() and t.itemsize < 4 for t in merged.image.values()):
+        return merged
+    exact = merged_file(model, base)
+    for name, tensor in merged.tensors.items():
+        if not same_bits(tensor, exact.tensors[name].to(tensor.dtype)):
+            raise NumericError(f"{merged.path}: {name} is not the merged value, rounded once")
+    return exact
+
+
+def _check_masks(difference: dict[str, float]) -> None:
+    if not all(value <= TOLERANCE for value in difference.values()):  # NaN counts too
+        raise NumericError(
+            f"the merged file gives other masks than the adapted model: {difference}, allowed "
+            f"{TOLERANCE}. It was not kept"
+        )
 
 
 def compare(model: Sam2Model, other: Sam2Model) -> dict[str, float]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from lora_core.config import option, parse
+from lora_core.config import MAX_FLOAT, option, parse
+from lora_core.guards import count_problem, unnamed
 from lora_core.preflight import writable
 from lora_core.report import say
 from sam2_lora.config import Config
@@ -23,9 +24,9 @@ class Options(Config):
     def problems(self) -> Iterator[str]:
         """Yield what cannot work, each as one line."""
         yield from super().problems()
-        if self.ramp_steps < 10:
-            yield f"--ramp_steps is {self.ramp_steps}: it must be at least 10"
-        if not 0 < self.ramp_from < self.ramp_to:
+        yield from unnamed(self, ["ramp_dir"])
+        yield from count_problem(self, "ramp_steps", 10)
+        if not 0 < self.ramp_from < self.ramp_to <= MAX_FLOAT:
             yield f"--ramp_from {self.ramp_from}, --ramp_to {self.ramp_to}: above 0, and rising"
         if self.dry_run:
             yield "--dry_run belongs to `sam2-lora train`: find-lr trains"
@@ -82,5 +83,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     numbers, picture = find_lr.write(curve, cfg.ramp_dir)
     say(f"\n{picture}\n{numbers}")
+    say(f"{curve.end}, at learning rate {curve.rates[-1]:.1e}")
     say(f"suggestion: --learning_rate {find_lr.rounded(curve.suggestion):.0e}")
     return 0

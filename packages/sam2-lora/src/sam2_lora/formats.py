@@ -41,6 +41,7 @@ LAYOUTS = """expected one of
   folders:   images/x.jpg and masks/x.png, or both below train/, val/, test/
   coco:      train/_annotations.coco.json beside its pictures, also valid, test;
              or annotations/instances_train.json; or one JSON and images/"""
+GEOMETRIES = ("bitmap", "rectangle", "polygon")  # of Supervisely, that are read
 KIND_SAMPLE = 64  # masks that are looked at to tell whether a set is evidently binary
 
 Source: TypeAlias = Path | CocoFile
@@ -63,6 +64,11 @@ def find(root: Path, data_format: str = "auto") -> tuple[str, dict[str, Source]]
             raise DataError(
                 f"{root.absolute()}: no such folder: name that of your data. `sam2-lora prepare` "
                 "makes the Severstal layout, `sam2-lora demo` a data set to try"
+            )
+        if not root.is_dir():
+            raise DataError(
+                f"{root.absolute()}: a file, expected the folder of a data set: perhaps "
+                f"{root.absolute().parent}"
             )
         found = {name: sources for name in names if (sources := _FIND[name](root))}
     except OSError as error:
@@ -190,7 +196,7 @@ def _read_supervisely(
                 shapes.append(shape)
                 continue
             kind = item["geometryType"]
-            reading.notes[f"objects of geometry {shown(kind)} left out: not an area"] += 1
+            reading.notes[f"objects left out, of geometry {shown(kind)}, which is not read"] += 1
     return size, tuple(shapes)
 
 
@@ -210,7 +216,9 @@ def _supervisely_shape(item: Any, size: Size, where: str) -> Shape | None:
             raise DataError("bitmap: data is missing")
         x, y = _corner(bitmap.get("origin"))
         return Shape("bitmap", (bitmap["data"], (x, y)), label, where)
-    if kind not in {"rectangle", "polygon"}:
+    if kind not in GEOMETRIES:
+        if kind.lower() in GEOMETRIES:
+            raise DataError(f"geometryType {shown(kind)}, did you mean {kind.lower()!r}?")
         return None
     points = item.get("points")
     points = points if isinstance(points, dict) else {}

@@ -7,6 +7,8 @@ from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from lora_core.errors import one_line
+from lora_core.report import plural
 from sam2_lora import data, losses
 from sam2_lora.config import STRIDE, Config
 from sam2_lora.survey import objects_of
@@ -59,9 +61,9 @@ def describe(batch: dict[str, Any], cfg: Config) -> str:
     keys: Sequence[str] = batch["keys"]
     height, width = cfg.size
     objects = sum(len(bucket["targets"]) for bucket in batch["buckets"])
-    names = ", ".join(keys[:LISTED]) + (", ..." if len(keys) > LISTED else "")
-    pictures = f"{len(keys)} picture{'s' if len(keys) > 1 else ''} of {height}x{width}"
-    return f"{pictures} with {objects} object{'s' if objects > 1 else ''}: {names}"
+    names = ", ".join(map(one_line, keys[:LISTED])) + (", ..." if len(keys) > LISTED else "")
+    pictures = f"{plural(len(keys), 'picture')} of {height}x{width}"
+    return f"{pictures} with {plural(objects, 'object')}: {names}"
 
 
 def remedies(cfg: Config) -> list[str]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lora_core.config import option, parse
-from lora_core.errors import CheckpointError
+from lora_core.errors import CheckpointError, ConfigError, listing
+from lora_core.guards import unnamed
 from lora_core.preflight import writable
 from lora_core.report import say
 
@@ -44,6 +45,10 @@ class Options:
         "output",
     )
     overwrite: bool = option(False, "Replace an existing output.", "output")
+
+    def __post_init__(self) -> None:
+        if empty := list(unnamed(self, ("adapter", "output", "checkpoint"))):
+            raise ConfigError(listing(empty))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ For every picture it writes `<stem>_mask.png` (0 background, 1, 2, ... the insta
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import MISSING, dataclass
@@ -18,14 +19,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_core.config import option, parse
-from lora_core.errors import ConfigError, DataError
+from lora_core.errors import ConfigError, DataError, listing, one_line
+from lora_core.guards import unnamed
 from lora_core.preflight import writable
+from lora_core.report import plural, say
+from lora_core.settings.types import shown
 from sam2_lora.config import Config, Device, Precision, parse_size
 from sam2_lora.user_prompts import Prompt, read_prompts
 
 if TYPE_CHECKING:
     from sam2_lora.automatic import Grid, Instance
     from sam2_lora.predictor import Predictor
+
+OVERLAY = "_overlay.png"
+NAME_LIMIT = 255  # bytes that file systems take
 
 
 @dataclass
@@ -88,24 +95,30 @@ class Options:
     )
 
     def __post_init__(self) -> None:
+        if problems := list(self.problems()):
+            raise ConfigError(listing(problems))
+
+    def problems(self) -> Iterator[str]:
+        """Yield what cannot work, each as one line."""
+        yield from unnamed(self, ("checkpoint", "adapter", "prompts", "output"))
+        if "" in self.images:
+            yield "--images holds an empty name: give pictures or folders"
         if self.prompts and (self.points or self.boxes):
-            raise ConfigError(
-                "--prompts FILE already holds the prompts: leave out --points and --boxes"
-            )
+            yield "--prompts FILE already holds the prompts: leave out --points and --boxes"
         for name in ("min_score", "min_stability", "max_overlap"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"--{name} is {getattr(self, name)}: it must be 0 to 1")
-        for name, least in (("points_per_side", 1), ("min_area", 1), ("tile", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"--{name} is {getattr(self, name)}: it must be at least {least}")
-        if self.points_per_side > 512:
-            raise ConfigError(
-                f"--points_per_side is {self.points_per_side}: it must be at most 512"
-            )
-        if 0 < self.tile < 64:
-            raise ConfigError(f"--tile is {self.tile}: it must be 0 (never) or at least 64 pixels")
+                yield f"--{name} is {getattr(self, name)}: it must be 0 to 1"
+        if not 1 <= self.points_per_side <= 512:
+            yield f"--points_per_side is {shown(self.points_per_side)}: it must be 1 to 512"
+        if self.min_area < 1:
+            yield f"--min_area is {shown(self.min_area)}: it must be at least 1"
+        if self.tile and self.tile < 64:
+            yield f"--tile is {shown(self.tile)}: it must be 0 (never) or at least 64 pixels"
         if self.image_size is not None:
-            parse_size(self.image_size)
+            try:
+                parse_size(self.image_size)
+            except ConfigError as error:
+                yield str(error)
 
     def grid(self) -> Grid:
         """Density and filters of the automatic grid."""
@@ -128,7 +141,6 @@ def main(argv: Sequence[str]) -> int:
     images = find_images(options.images)
     prompts = read_prompts(images, options.points, options.labels, options.boxes, options.prompts)
 
-    from lora_core.report import say
     from lora_core.tensor_file import atomic_write
     from sam2_lora.predictor import Predictor
 
@@ -146,7 +158,7 @@ def main(argv: Sequence[str]) -> int:
     content = coco(predict_all(predictor, prompts, options))
     with atomic_write(folder / "predictions.json") as file:
         file.write(json.dumps(content).encode())
-    say(f"{len(images)} picture{'s' * (len(images) != 1)} -> {folder.absolute()}")
+    say(f"{plural(len(images), 'picture')} -> {folder.absolute()}")
     if not content["annotations"]:
         say("nothing found: try a lower --min_score and --min_stability, or give points")
     return 0
@@ -185,6 +197,10 @@ def find_images(names: Sequence[str]) -> list[Path]:
             raise DataError(
                 f"{other} and {image} would both write {image.stem}_mask.png: rename one"
             )
+        if len(os.fsencode(f"{image.stem}{OVERLAY}")) > NAME_LIMIT:
+            raise DataError(
+                f"{image}: its results would have names of more than {NAME_LIMIT} bytes: rename it"
+            )
     return images
 
 
@@ -203,7 +219,7 @@ def predict_all(
         found = predict_one(predictor, rgb, given, options)
         write_picture(Path(options.output), image, rgb, given, found)
         _, instances = found[-1]
-        say(f"{image.name}: {len(instances)} object{'s' * (len(instances) != 1)}")
+        say(f"{one_line(image.name)}: {plural(len(instances), 'object')}")
         yield image.name, (rgb.shape[0], rgb.shape[1]), instances
 
 
@@ -253,7 +269,7 @@ def write_picture(
     size = (rgb.shape[0], rgb.shape[1])
     pictures = [
         (
-            f"{caption}: {len(instances)} object{'s' * (len(instances) != 1)}",
+            f"{caption}: {plural(len(instances), 'object')}",
             draw(
                 rgb,
                 (instance.mask(size) for instance in instances),
@@ -264,7 +280,7 @@ def write_picture(
         )
         for caption, instances in found
     ]
-    save(folder / f"{image.stem}_overlay.png", panels(pictures, image.name))
+    save(folder / f"{image.stem}{OVERLAY}", panels(pictures, image.name))
     save(folder / f"{image.stem}_mask.png", instance_map(found[-1][1], size))
 
 

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lora_core.config import option, parse
 from lora_core.errors import ConfigError, DataError, one_line, printable
+from lora_core.guards import unnamed
 from lora_core.preflight import writable
-from lora_core.report import say, table
+from lora_core.report import plural, say, table
 from lora_core.validate import REPORT, Bad, samples, stop_or_skip, write_report
 from sam2_lora.config import Config, DataFormat, MaskKind, ObjectRule
 
@@ -69,6 +70,8 @@ class Options:
     overwrite: bool = option(False, "Replace the output folder if it exists.", "data")
 
     def __post_init__(self) -> None:
+        if empty := list(unnamed(self, ("source", "output"))):
+            raise ConfigError("\n".join(empty))
         if not 0 < self.val_share < 1:
             raise ConfigError(f"--val_share is {self.val_share}: it must be between 0 and 1")
         if not 0 <= self.test_share < 1 - self.val_share:
@@ -117,7 +120,8 @@ def prepare(options: Options) -> dict[str, int]:
             made = write_tree(Path(new) / "tree", parts, options)
             if bad:
                 write_report(Path(new) / "tree" / REPORT, bad)
-                say(f"note: {len(samples(bad))} bad samples are left out: see {output / REPORT}")
+                left_out = plural(len(samples(bad)), "bad sample")
+                say(f"note: {left_out} left out: see {output / REPORT}")
             _put_in_place(Path(new), output)
     except OSError as error:
         file = one_line(error.filename or output)  # it may be a picture that is gone meanwhile

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 import PIL
 
-from lora_core.errors import ConfigError, DataError
+from lora_core.errors import ConfigError, DataError, listing, one_line
 from lora_core.pictures import survey
 from lora_core.pictures.files import SUFFIXES, read_image
 from lora_core.pictures.masks import Object, components, union
 from lora_core.pictures.reading import Reading
 from lora_core.pictures.survey import Facts, Surveyed, digest_of
+from lora_core.report import plural
 from lora_core.validate import REPORT, Bad
 from sam2_lora.config import Config
 from sam2_lora.formats import SPLITS, find, read
@@ -57,7 +58,8 @@ class Counts:
 
     pictures: int = 0
     empty: int = 0  # pictures without any annotation
-    small: int = 0  # objects left out
+    small: int = 0  # objects left out, those without a pixel among them
+    nothing: int = 0  # objects without a pixel
     objects: Counter[str] = field(default_factory=Counter)  # per class
 
 
@@ -68,6 +70,7 @@ def count(facts: Iterable[Facts]) -> Counts:
         counts.pictures += 1
         counts.empty += not known["objects"] and not known["small"]
         counts.small += known["small"]
+        counts.nothing += known["nothing"]
         counts.objects.update(known["objects"])
     return counts
 
@@ -77,7 +80,7 @@ def count(facts: Iterable[Facts]) -> Counts:
 
 def look(record: Record, cfg: Config) -> dict[str, Any]:
     """Decode a picture and all that is annotated on it, wholly; give facts about it:
-    {"objects": {class: count}, "small": count}.
+    {"objects": {class: count}, "small": count, "nothing": count}.
 
     Raises:
         DataError: anything cannot be decoded, or does not fit; a line for each.
@@ -97,6 +100,7 @@ def look(record: Record, cfg: Config) -> dict[str, Any]:
     return {
         "objects": Counter(item.label for item in found.kept),
         "small": len(found.small) + found.nothing,
+        "nothing": found.nothing,
     }
 
 
@@ -104,7 +108,7 @@ def looking(cfg: Config) -> survey.Look[Record]:
     """How records are looked at with these settings."""
     return survey.Look(
         at=lambda record: look(record, cfg),
-        kind=f"sam2 record 3 {cfg.objects} {cfg.min_object_area} PIL {PIL.__version__}",
+        kind=f"sam2 record 4 {cfg.objects} {cfg.min_object_area} PIL {PIL.__version__}",
         files=files_of,
         identity=identity,
     )
@@ -129,8 +133,8 @@ def settled(parts: Parts, known: list[Bad], cfg: Config) -> tuple[Surveyed, list
     return survey.settled(parts, known, looking(cfg), rules)
 
 
-def counted(parts: Parts, facts: Surveyed, cfg: Config) -> dict[str, Counts]:
-    """Counts of each split.
+def counted(parts: Parts, facts: Surveyed, cfg: Config, reading: Reading) -> dict[str, Counts]:
+    """Counts of each split of what was read.
 
     Raises:
         DataError: a split without pictures or without objects.
@@ -144,12 +148,29 @@ def counted(parts: Parts, facts: Surveyed, cfg: Config) -> dict[str, Counts]:
         if not part.pictures:
             raise DataError(f"{root}: no pictures in the {name} split: add some")
         if not part.objects and name != "test":
-            raise DataError(
-                f"{root}: no objects in the {part.pictures} pictures of "
-                f"the {name} split ({part.small} are smaller than --min_object_area): add pictures "
-                "with objects to it, or set --val_fraction if it is cut from the training pictures"
-            )
+            where = f"the {plural(part.pictures, 'picture')} of the {name} split"
+            advice = ["add pictures with objects to it"]
+            if part.small > part.nothing:
+                advice.append("lower --min_object_area")
+            if reading.cut and any(other.objects for other in counts.values()):
+                advice.append("set another --val_fraction")
+            lines = [f"{root}: no objects in {where}{_without(part, cfg)}: {', or '.join(advice)}"]
+            lines += [f"note: {one_line(note)}" for note in reading.said()]
+            raise DataError(listing(lines, 5))
     return counts
+
+
+def _without(part: Counts, cfg: Config) -> str:
+    """Which annotations of a split are no objects, in brackets."""
+    small = part.small - part.nothing
+    found = []
+    if small:
+        found.append(f"{small} smaller than --min_object_area {cfg.min_object_area}")
+    if part.nothing:
+        found.append(
+            f"{part.nothing} without a single pixel, as outlines in shares of the picture are"
+        )
+    return f" ({', '.join(found)})" if found else ""
 
 
 # -- identity --------------------------------------------------------------------------------------
@@ -200,6 +221,7 @@ def read_parts(cfg: Config, wanted: Sequence[str]) -> tuple[Parts, list[Bad], Re
     total.stop_if_wrong()
     if to_split and whole in parts:
         parts["train"], parts["val"] = split_by_name(parts.pop(whole), cfg.val_fraction)
+        total.cut = True
         bad = _on_their_sides(bad, parts, cfg.val_fraction)
     elif whole == "all" and whole in parts:
         parts["train"] = parts.pop(whole)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -14,8 +14,16 @@ from lora_core.config import parse
 from lora_core.errors import ConfigError
 from lora_core.errors import run as guarded
 from lora_core.guards import Guards
-from lora_core.report import RunLog, say, table
-from sam2_lora.artifacts import Artifacts, Run, checkpoint_of, find_run, new_run, unfinished
+from lora_core.report import RunLog, plural, say, table
+from sam2_lora.artifacts import (
+    Artifacts,
+    Run,
+    checkpoint_of,
+    find_run,
+    new_run,
+    unfinished,
+    without_places,
+)
 from sam2_lora.config import Config
 
 if TYPE_CHECKING:
@@ -41,7 +49,7 @@ MAY_CHANGE = frozenset(
         "learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "steps",
         "batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "precision",
         "checkpoint", "adapter", "data_root", "data_format", "follow_links",
-        "output_dir", "logs_dir", "cache_dir", "cache_gb", "resume", "tensorboard", "trainer",
+        "output_dir", "logs_dir", "cache_dir", "cache_gb", "tensorboard", "trainer",
         "num_workers", "device", "log_steps", "eval_steps", "patience", "min_delta", "keep_best",
         *(field.name for field in fields(Guards)),
     ]
@@ -121,7 +129,7 @@ def fit(cfg: Config, run: Run | None, device: torch.device) -> int:
         count=losses.object_count,
         sharded=network.vision_encoder.backbone.blocks if cfg.shard_base else (),
         guards=cfg,
-        settings=asdict(cfg),
+        settings=without_places(cfg),
         fingerprints=prints,
         may_change=MAY_CHANGE,
         resume_with=f"sam2-lora train --resume {run.folder}",
@@ -316,7 +324,8 @@ def conclude(trainer: LoraTrainer, artifacts: Artifacts, splits: Splits, cfg: Co
         say(f"  {path.name}")
     say(f"  figures: {run.csv(cfg)}")
     if splits.bad:
-        say(f"  left out: {len(samples(splits.bad))} bad samples, see {run.folder / REPORT}")
+        left_out = plural(len(samples(splits.bad)), "bad sample")
+        say(f"  left out: {left_out}, see {run.folder / REPORT}")
 
 
 def score_test(artifacts: Artifacts, test: EvalSet) -> dict[str, dict[str, float]]:

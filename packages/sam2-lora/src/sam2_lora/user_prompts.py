@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.errors import ConfigError, DataError, listing, near, one_line
+from lora_core.settings.types import shown
 
 LIMIT = 1e9  # pixels: no picture is as large
 
@@ -53,26 +54,44 @@ def read_prompts(
     if file is not None:
         prompts = _read_file(Path(file), images)
     else:
-        entry: dict[str, Any] = {"boxes": [_numbers(box, 4, "--boxes") for box in boxes]}
-        entry |= {"points": [_numbers(xy, 2, "--points") for xy in points], "labels": list(labels)}
-        try:
-            given = parse_entry(entry, "--points, --labels, --boxes")
-        except DataError as error:
-            raise ConfigError(str(error)) from None
-        prompts = dict.fromkeys(images, given)
+        prompts = dict.fromkeys(images, _from_flags(points, labels, boxes))
     _check_inside(prompts)
     return prompts
 
 
-def _numbers(text: str, count: int, flag: str) -> list[float]:
+def _from_flags(points: Sequence[str], labels: Sequence[int], boxes: Sequence[str]) -> list[Prompt]:
+    """The prompts that flags mean.
+
+    Raises:
+        ConfigError: all faults of single values together, else what does not go together.
+    """
+    entry: dict[str, Any] = {"labels": list(labels)}
+    problems = [
+        f"--labels {shown(sign)}: a label is 1 (on the object) or 0 (beside it)"
+        for sign in labels
+        if sign not in (0, 1)
+    ]
+    for name, texts, form in (("points", points, "x,y"), ("boxes", boxes, "x0,y0,x1,y1")):
+        entry[name] = [_numbers(text) for text in texts]
+        problems += [
+            f"--{name} {shown(text)}: expected {form} in pixels, without spaces"
+            for text, values in zip(texts, entry[name], strict=True)
+            if len(values) != form.count(",") + 1
+        ]
+    if problems:
+        raise ConfigError(listing(problems))
     try:
-        values = [float(word) for word in text.split(",")]
+        return parse_entry(entry, "--points, --labels, --boxes")
+    except DataError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _numbers(text: str) -> list[float]:
+    """The numbers between commas; none where one is no number."""
+    try:
+        return [float(word) for word in text.split(",")]
     except ValueError:
-        values = []
-    if len(values) != count:
-        form = "x,y" if count == 2 else "x0,y0,x1,y1"
-        raise ConfigError(f"{flag} {text!r}: expected {form} in pixels, without spaces")
-    return values
+        return []
 
 
 def _read_file(path: Path, images: Sequence[Path]) -> dict[Path, list[Prompt]]:

@@ -91,12 +91,12 @@ def _entry(
         box = box_in(bbox, size)
         boxes.count(bbox, size)
         if box is None:
-            reading.notes["boxes without width or height: left out"] += 1
+            reading.notes["boxes without width or height, left out"] += 1
             return None
     elif shape is None:
         raise DataError("it has neither bbox nor segmentation")
     if shape_size != size:
-        reading.notes["masks written for another size than their picture's: resized"] += 1
+        reading.notes["masks written for another size than their picture's, resized"] += 1
     return Entry("", box, shape, shape_size, annotation.crowd and not keep_crowd)
 
 
@@ -137,7 +137,7 @@ class _Boxes:
         if self.leaving and suspected and self.total >= SUSPICIOUS:
             reading.problems.append(text)
         elif self.leaving:
-            what = "boxes that leave their picture: cut"
+            what = "boxes that leave their picture, cut"
             if suspected:
                 what += " (are they x0, y0, x1, y1? COCO has [x, y, width, height])"
             reading.notes[what] += self.leaving

@@ -16,6 +16,7 @@ from torch import Tensor
 from lora_core.cache import fingerprint
 from lora_core.errors import CheckpointError
 from lora_core.module_names import clean
+from lora_core.settings.types import shown
 from lora_core.tensor_file import open_checkpoint, read_safetensors, read_torch
 
 FORMAT = 1
@@ -173,9 +174,13 @@ def _from_folder(
         return AdapterFile(path, config or {}, _tensors(path, tensors))
     file = _checked(path, record, {"tensors": tensors})
     if config is not None and config != file.config:
-        changed = [k for k in {*config, *file.config} if config.get(k) != file.config.get(k)]
+        changed = [
+            f"{key} {shown(file.config.get(key))} -> {shown(config.get(key))}"
+            for key in sorted({*config, *file.config})
+            if config.get(key) != file.config.get(key)
+        ]
         warnings.warn(
-            f"{folder / CONFIG} was changed after saving ({', '.join(sorted(changed))}): it is "
+            f"{folder / CONFIG} was changed after saving ({', '.join(changed[:5])}): it is "
             "loaded as it says now, without what only lora_core knew (slices, frozen A)",
             stacklevel=5,
         )

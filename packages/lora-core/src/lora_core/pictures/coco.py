@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -152,6 +152,15 @@ def _is_id(value: object) -> bool:
     return is_whole(value) or isinstance(value, str)
 
 
+def _other_type(value: object, known: Container[object]) -> str:
+    """Where an id stands as text in one place and as a number in the other: "; ..."."""
+    if isinstance(value, str) and re.fullmatch("-?[0-9]{1,18}", value) and int(value) in known:
+        return f"; there is the number {int(value)}: write both in one way"
+    if is_whole(value) and str(value) in known:
+        return f"; there is the text {str(value)!r}: write both in one way"
+    return ""
+
+
 def _list(content: dict[str, Any], name: str, path: Path) -> list[Any]:
     value = content.get(name)
     if not isinstance(value, list):
@@ -270,7 +279,8 @@ def _checked(
         raise DataError("expected an object")
     image, category = item.get("image_id"), item.get("category_id")
     if not _is_id(image) or image not in pictures:
-        raise DataError(f"image_id {shown(image)} is not among the images")
+        other = _other_type(image, pictures)
+        raise DataError(f"image_id {shown(image)} is not among the images{other}")
     size = pictures[image].size
     if size is None:
         return None  # the picture itself is reported
@@ -281,7 +291,8 @@ def _checked(
     elif _is_id(category) and category in categories:
         label = categories[category]
     else:
-        raise DataError(f"category_id {shown(category)} is not among the categories")
+        other = _other_type(category, categories)
+        raise DataError(f"category_id {shown(category)} is not among the categories{other}")
     crowd = item.get("iscrowd")
     if crowd not in (None, 0, 1):
         raise DataError(f"iscrowd {shown(crowd)}, expected 0 or 1")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import zlib
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -16,8 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from lora_core.errors import DataError
-from lora_core.pictures.files import DAMAGED, TooLarge, open_bounded
+from lora_core.pictures.files import DAMAGED, TooLarge, open_bounded, said_by
 from lora_core.pictures.masks import Mask, Object, Size, trim, union
+from lora_core.settings.types import shown
 
 PNG_BYTES = 64 * 2**20  # a bitmap's PNG may not unpack to more
 
@@ -62,7 +64,8 @@ def decode_runs(text: str, size: Size, label: str = "") -> Object:
         numbers = np.array(text.split(), dtype=np.int64)
     except (ValueError, OverflowError):
         wrong = next(word for word in text.split() if not _is_integer(word))
-        raise DataError(f"run lengths: {wrong[:40]!r} is not a whole number") from None
+        what = "is too large" if re.fullmatch("[+-]?[0-9]+", wrong) else "expected digits alone"
+        raise DataError(f"run lengths: {shown(wrong)} {what}") from None
     if len(numbers) % 2:
         raise DataError(f"run lengths: {len(numbers)} numbers, expected pairs of start and length")
     starts, lengths = numbers[0::2] - 1, numbers[1::2]
@@ -212,7 +215,7 @@ def decode_bitmap(data: str, origin: tuple[int, int], size: Size, label: str = "
     except UnidentifiedImageError:  # its text is an address in memory
         raise DataError("bitmap: what is packed in it is no PNG") from None
     except (zlib.error, *DAMAGED) as error:
-        raise DataError(f"bitmap: not base64 of zlib of a PNG: {error}") from None
+        raise DataError(f"bitmap: not base64 of zlib of a PNG: {said_by(error)}") from None
 
 
 def _foreground(picture: Image.Image) -> Mask:

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 import warnings
 import zlib
@@ -34,6 +35,15 @@ SUFFIXES = {
     ".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP",
     ".tif": "TIFF", ".tiff": "TIFF", ".gif": "GIF",
 }  # fmt: skip
+# How the files begin; of BMP also what is always zero, for two letters alone may be text.
+BEGINNINGS = {
+    "JPEG": re.compile(rb"\xff\xd8\xff"),
+    "PNG": re.compile(rb"\x89PNG"),
+    "WebP": re.compile(rb"RIFF....WEBP", re.DOTALL),
+    "BMP": re.compile(rb"BM....\0{4}", re.DOTALL),
+    "TIFF": re.compile(rb"II[*+]\0|MM\0[*+]"),
+    "GIF": re.compile(rb"GIF8"),
+}
 MAX_BYTES = 2**31  # of a picture's file: 150 million pixels of 4 channels of 16 bits, and some
 MAX_FRAMES = 1000
 _SIDEWAYS = {5, 6, 7, 8}  # EXIF orientations that swap width and height
@@ -116,8 +126,6 @@ def _black_and_white(picture: Image.Image) -> bool:
 def read_size(path: Path) -> tuple[int, int]:
     """(height, width) of the upright picture, from its header.
 
-    A PNG is read to its end: its orientation may stand behind the pixels.
-
     Raises:
         DataError: no such file, not a picture, or too large.
     """
@@ -133,8 +141,28 @@ def upright_size(picture: Image.Image) -> tuple[int, int]:
 
 def orientation(picture: Image.Image) -> int:
     """The EXIF orientation, 1 (upright) to 8; 1 if it is anything else, as viewers have it."""
-    value = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    # PIL decodes a whole PNG in search of what may stand behind its pixels.
+    exif = Image.Image.getexif(picture) if _ends_with_pixels(picture) else picture.getexif()
+    value = exif.get(ExifTags.Base.Orientation, 1)
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _ends_with_pixels(picture: Image.Image) -> bool:
+    """Whether a PNG that is not decoded yet is known to hold nothing behind its pixels."""
+    file = getattr(picture, "fp", None)
+    if picture.format != "PNG" or file is None:
+        return False
+    place, seen = file.tell(), b""
+    file.seek(8)  # behind the signature; then length, kind, content and checksum of each chunk
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if seen == b"IDAT" != kind:
+            seen = kind
+            break
+        seen = kind
+        file.seek(length + 4, os.SEEK_CUR)
+    file.seek(place)
+    return seen == b"IEND"
 
 
 def read_header(path: Path) -> Header:
@@ -188,14 +216,18 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
     except UnidentifiedImageError:
         raise DataError(f"{one_line(path)}: {_what_is(path)}") from None
     except DAMAGED as error:
-        raise DataError(f"{one_line(path)}: cannot be read: {_said(error)}") from None
+        raise DataError(f"{one_line(path)}: cannot be read: {said_by(error)}") from None
 
 
-def _said(error: BaseException) -> str:
+def said_by(error: BaseException) -> str:
     """A decoder's complaint, without the path that it may repeat."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else str(error)
+    if "MAX_TEXT_CHUNK" in str(error):
+        return "a text or colour profile in it unpacks to more than is read"
+    plain = (OSError, SyntaxError, EOFError, ValueError, zlib.error)  # the others speak of code
+    spoken = isinstance(error, plain) and not isinstance(error, UnicodeError)
+    return (str(error) if spoken else "") or "it is damaged"
 
 
 def open_bounded(file: BinaryIO, formats: tuple[str, ...] = FORMATS) -> Image.Image:
@@ -232,6 +264,9 @@ def _what_is(path: Path) -> str:
         return "a Git LFS pointer, not the picture: run `git lfs pull`"
     if head.lstrip()[:1] == b"<":
         return "an HTML or XML page, not a picture"
+    for kind, begin in BEGINNINGS.items():
+        if begin.match(head):
+            return f"a {kind} file whose header is damaged"
     return "not a picture in a format that is read (JPEG, PNG, WebP, BMP, TIFF, GIF)"
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from lora_core.errors import DataError, listing, near, one_line
 from lora_core.pictures.files import SUFFIXES, Header, read_header
 from lora_core.pictures.masks import Size
+from lora_core.report import plural
 from lora_core.settings.types import shown
 from lora_core.validate import validate
 
@@ -27,6 +28,7 @@ class Reading:
     problems: list[str] = field(default_factory=list)  # of the data set as a whole
     bad: list[tuple[str, str]] = field(default_factory=list)  # sample, what is wrong with it
     notes: Counter[str] = field(default_factory=Counter)  # what was passed over -> how often
+    cut: bool = False  # its validation split is a share of the training pictures
     headers: dict[Path, Header | str] = field(default_factory=dict)  # or what is wrong
     links_flag: str = "--follow_links"  # what a package calls `follow_links`
 
@@ -65,7 +67,7 @@ class Reading:
             size, stored, turned, several = outcome.value
             self.headers[path] = Header(tuple(size), tuple(stored), turned, several)
             if several:
-                self.notes["pictures with several frames or pages: the first is used"] += 1
+                self.notes["pictures with several frames or pages, of which the first is used"] += 1
 
     def size_of(self, picture: Path, declared: Size | None = None, source: str = "") -> Size:
         """(height, width) of a picture from its header, which must be what `source` declares.
@@ -114,7 +116,7 @@ class Reading:
 
     def said(self) -> list[str]:
         """The notes as lines for people."""
-        return [f"{count} {what}" for what, count in self.notes.items()]
+        return [f"{what}: {count}" for what, count in self.notes.items()]
 
     def add(self, other: Reading) -> None:
         """Take over what another reading of the same data set found, but for its records."""
@@ -135,9 +137,8 @@ class Reading:
         """
         if self.problems:
             problems = [*self.problems, *(reason for _, reason in self.bad)]
-            title = f"{self.root.absolute()}: {len(problems)} problem"
-            plural = "s" if len(problems) > 1 else ""
-            raise DataError(f"{title}{plural}\n{listing(problems)}")
+            title = f"{self.root.absolute()}: {plural(len(problems), 'problem')}"
+            raise DataError(f"{title}\n{listing(problems)}")
 
 
 def sizes_differ(found: tuple[int, ...], expected: Size) -> str:
@@ -170,7 +171,9 @@ def pictures_in(folder: Path, reading: Reading) -> dict[str, Path]:
         if name.startswith("."):
             continue
         if path.suffix.lower() not in SUFFIXES:
-            reading.notes[f"files in {folder} that are no pictures"] += 1
+            is_folder = path.is_dir()
+            what = f"folders in {folder}, which are not looked into"
+            reading.notes[what if is_folder else f"files in {folder} that are no pictures"] += 1
             continue
         with reading.collecting(sample=key_of(path, reading.root)):
             reading.stay_inside(path, folder)
@@ -184,8 +187,10 @@ def inside(folder: Path, name: object, reading: Reading) -> Path:
     Raises:
         DataError: no text, an absolute path, a URL, "..", or a link that leads outside.
     """
-    if not isinstance(name, str) or not name or not _can_be_file(name):
+    if not isinstance(name, str):
         raise DataError(f"file name {shown(name)}: expected text")
+    if not _can_be_file(name):
+        raise DataError(f"file name {shown(name)}: no file can have it")
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or ":" in name:
         raise DataError(f"file name {shown(name)}: must be a path below {one_line(folder)}")
@@ -196,6 +201,8 @@ def inside(folder: Path, name: object, reading: Reading) -> Path:
 
 def _can_be_file(name: str) -> bool:
     try:
-        return b"\0" not in os.fsencode(name)
+        data = os.fsencode(name)
     except UnicodeEncodeError:  # half of a character, which JSON can write
         return False
+    parts = data.replace(b"\\", b"/").split(b"/")
+    return bool(data) and b"\0" not in data and max(map(len, parts)) < 256 and len(data) < 4096

@@ -15,6 +15,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 import numpy as np
 
 from lora_core.errors import DataError, one_line
+from lora_core.report import plural
 from lora_core.validate import Bad, samples, stop_or_skip, validate
 
 Facts = Mapping[str, Any]  # plain values, as JSON has them
@@ -143,7 +144,7 @@ def left_out(bad: Sequence[Bad]) -> list[str]:
     per_split = Counter(split for split, _ in samples(bad))
     first = {one.split: one.reason.splitlines()[0] for one in reversed(bad)}
     return [
-        f"{number} bad samples of {split} are left out, the first: {first[split]}"
+        f"{plural(number, 'bad sample')} of {split} left out, the first: {first[split]}"
         for split, number in per_split.items()
     ]
 
@@ -155,7 +156,8 @@ def remarks(parts: Mapping[str, Sequence[PictureRecord]]) -> list[str]:
         keys = doubles(parts.get(name, []), parts["train"])
         if keys:
             found.append(
-                f"{len(keys)} pictures of {name} are in train too, so that its scores flatter: "
+                f"{plural(len(keys), 'picture')} of {name} in train too, so that its scores flatter"
+                + ": "
                 + ", ".join(keys[:3])
                 + (", ..." if len(keys) > 3 else "")
             )

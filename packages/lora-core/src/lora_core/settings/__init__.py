@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 import re
 import textwrap
@@ -25,6 +24,7 @@ from lora_core.settings import file as config_file
 from lora_core.settings import types as config_types
 
 T = TypeVar("T")
+Given = str | list[str] | None  # a flag's value: its text, the words of a list, or none
 
 _WITHOUT_VALUE = ("help", "h", "version", "print_config", "debug")
 _SECRET = re.compile(r"(_key|(^|_)(token|password|passwd|secret))$", re.IGNORECASE)
@@ -61,14 +61,16 @@ def parse(cls: type[T], argv: Sequence[str], *, prog: str, description: str = ""
         raise SystemExit(0)
     problems: list[str] = []
     given: dict[str, Any] = {}
-    for name, text in words:
+    for name, value in words:
         if name == "config":
-            _take_file(given, config_file.read(_need(text, "config", "a file")), leaves, problems)
-    for name, text in words:
+            path = str(_need(value, "config", "a file"))
+            _take_file(given, config_file.read(path), leaves, problems)
+    for name, value in words:
         if name != "config" and name not in _WITHOUT_VALUE:
-            _take_flag(given, name, text, leaves, problems)
+            _take_flag(given, name, value, leaves, problems)
+    named = {*given, *(name for name, _ in words)}
     for leaf in leaves.values():
-        if leaf.required and leaf.key not in given:
+        if leaf.required and leaf.key not in named:
             problems.append(
                 f"--{leaf.key} is missing: {leaf.help or config_types.say_type(leaf.hint)}"
             )
@@ -190,11 +192,11 @@ def _build(cls: Any, given: dict[str, Any], prefix: str = "", parent: Any = None
 # -- words of the command line ---------------------------------------------------------------------
 
 
-def _unfold(argv: list[str], leaves: dict[str, _Leaf]) -> list[tuple[str, str | None]]:
-    """Bring the words into one form: (dotted name, text of its value or None)."""
+def _unfold(argv: list[str], leaves: dict[str, _Leaf]) -> list[tuple[str, Given]]:
+    """Bring the words into one form: (dotted name, its value)."""
     if argv and re.search(r"\.(json|ya?ml)$", argv[0], re.IGNORECASE) and argv[0][0] != "-":
         argv = ["--config", *argv]
-    pairs: list[tuple[str, str | None]] = []
+    pairs: list[tuple[str, Given]] = []
     while argv:
         word = argv.pop(0)
         if not _is_flag(word):
@@ -213,7 +215,7 @@ def _unfold(argv: list[str], leaves: dict[str, _Leaf]) -> list[tuple[str, str | 
         if name == "options":
             pairs += [_split_option(item) for item in values]
         elif leaf is not None and leaf.is_list and values:
-            pairs.append((name, _bracketed(leaf, values)))
+            pairs.append((name, _as_list(leaf, values)))
         else:
             pairs.append((name, values[0] if values else None))
     return pairs
@@ -231,24 +233,24 @@ def _split_option(item: str) -> tuple[str, str]:
     return name.replace("-", "_"), text
 
 
-def _bracketed(leaf: _Leaf, values: list[str]) -> str:
-    if len(values) == 1 and values[0].startswith("["):
+def _as_list(leaf: _Leaf, values: list[str]) -> str | list[str]:
+    """The words of a list: as they are where text is expected, else as YAML has them."""
+    if len(values) == 1 and re.fullmatch(r"\[.*\]", values[0], re.DOTALL):
         return values[0]
     items = {arg for kind in config_types.kinds(leaf.hint) for arg in get_args(kind)}
-    texts = [json.dumps(value) for value in values] if str in items or not items else values
-    return f"[{', '.join(texts)}]"
+    return values if str in items or not items else f"[{', '.join(values)}]"
 
 
-def _need(text: str | None, name: str, what: str) -> str:
-    if text is None:
+def _need(value: Given, name: str, what: str) -> str | list[str]:
+    if value is None:
         raise ConfigError(f"--{name} needs a value: {what}")
-    return text
+    return value
 
 
 def _take_flag(
     given: dict[str, Any],
     name: str,
-    text: str | None,
+    value: Given,
     leaves: dict[str, _Leaf],
     problems: list[str],
 ) -> None:
@@ -259,13 +261,13 @@ def _take_flag(
             raise ConfigError(_unknown(name, leaves, "--"))
         if leaf.is_dict:
             path = name.split(".")[1:]
-            _put(given, leaf, path, True if text is None else config_file.value(text))
+            _put(given, leaf, path, True if value is None else config_file.value(str(value)))
             return
-        if text is None and bool in config_types.kinds(leaf.hint):
-            text = "true"
-        given[name] = config_types.accept(
-            leaf.hint, _need(text, name, config_types.say_type(leaf.hint)), f"--{name}", flag=True
-        )
+        if value is None and bool in config_types.kinds(leaf.hint):
+            value = "true"
+        value = _need(value, name, config_types.say_type(leaf.hint))
+        is_text = isinstance(value, str)
+        given[name] = config_types.accept(leaf.hint, value, f"--{name}", flag=is_text)
     except ConfigError as error:
         problems.append(str(error))
 
@@ -325,6 +327,8 @@ def _unknown(name: str, leaves: dict[str, _Leaf], dashes: str = "") -> str:
     if parent in leaves:
         return f"unknown {kind} {dashes}{name}: {dashes}{parent} is a single value, without parts"
     words = (*leaves, "config", "print_config", "version")
+    if not dashes and name in ("config", *_WITHOUT_VALUE):
+        return f"{name} is a flag of the command line, --{name}, and no setting of a file"
     hint = near(dashes + name, [dashes + key for key in words])
     return f"unknown {kind} {dashes}{name}; {hint or 'see --help'}"
 

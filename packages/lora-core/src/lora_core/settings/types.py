@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from decimal import Decimal
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -72,8 +73,8 @@ def _whole(hint: Any, value: Any) -> Any:
         return value
     if not re.fullmatch(r"[-+]?\d{1,15}(\.\d{0,15})?(e\+?\d\d?)?", str(value), re.ASCII | re.I):
         return value
-    number = float(value)
-    return int(number) if number.is_integer() and abs(number) < 1e15 else value
+    number = Decimal(str(value))
+    return int(number) if number == number.to_integral_value() else value
 
 
 def refuse_words(value: Any, place: str) -> None:
@@ -110,6 +111,8 @@ def say_type(hint: Any) -> str:
             texts.append(f"one of {', '.join(map(str, get_args(kind)))}")
         elif get_origin(kind) in LISTS:
             texts.append(f"a list of {say_type(get_args(kind)[0])}")
+        elif get_origin(kind) is dict:
+            texts.append("names with their values")
         else:
             texts.append(names.get(kind, str(kind)))
     return " or ".join(texts)

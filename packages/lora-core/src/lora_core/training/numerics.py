@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.checkpoint.state import from_json, pack, to_json, unpack
-from lora_core.errors import CheckpointError
+from lora_core.errors import CheckpointError, one_line
 from lora_core.report import figure
 from lora_core.tensor_file import read_safetensors, safetensors_bytes
 
@@ -92,7 +92,7 @@ def _samples(ids: Sequence[str]) -> str:
 
 
 def _first(names: Sequence[str], count: int = LISTED) -> str:
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+    return ", ".join(map(one_line, names[:count])) + (", ..." if len(names) > count else "")
 
 
 # -- the folder that reproduces it -----------------------------------------------------------------

@@ -129,7 +129,7 @@ def restore(trainer: LoraTrainer, path: str, state: dict[str, Any], with_log: bo
             checkpoint.set_aside(str(trainer.args.output_dir), state["step"])
         if trainer.run_log:
             trainer.run_log.rewind(state["step"])
-    say(f"continuing at step {state['step']} from {path}")
+        say(f"continuing at step {state['step']} from {path}")
 
 
 def restore_optimizer(trainer: LoraTrainer, state: dict[str, Any]) -> None:
