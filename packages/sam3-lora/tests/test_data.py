@@ -300,6 +300,7 @@ def test_a_share_of_the_queries_shows_a_box_instead_of_the_phrase(
     assert "exemplars" not in collate([without[0]], tokenizer)
 
 
+@pytest.mark.fault("C34")
 def test_a_query_with_too_many_objects_is_dropped_and_counted(tmp_path: Path) -> None:
     value = content(2)
     more = [value["annotations"][0] | {"id": 10 + k} for k in range(4)]
