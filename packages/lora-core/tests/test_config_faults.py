@@ -41,8 +41,9 @@ from lora_core.report import Progress, RunLog, say
 from lora_core.settings import as_yaml, plain
 from lora_core.testing.no_device import Touched, no_device
 from lora_core.testing.safe_source import unsafe_calls
-from lora_core.training.arguments import check_extra, choose_device, choose_precision
+from lora_core.training.arguments import choose_device, choose_precision
 from lora_core.training.arguments import training_arguments as arguments
+from lora_core.training.fields import check_extra
 
 REPOSITORY = Path(__file__).parents[3]
 WORKFLOWS = REPOSITORY / ".github" / "workflows"

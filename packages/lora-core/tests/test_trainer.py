@@ -30,7 +30,7 @@ from lora_core.guards import Guards
 from lora_core.injection import inject
 from lora_core.testing import processes
 from lora_core.trainer import choose_device, choose_precision, training_arguments
-from lora_core.training.arguments import REFUSED, SET_BY_US
+from lora_core.training.fields import REFUSED, SET_BY_US
 from lora_core.training.schedule import FLOOR, EpochSampler, lr_factor
 
 
