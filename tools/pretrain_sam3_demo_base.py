@@ -248,6 +248,7 @@ def finish(run: Run) -> None:
     tensors = names.to_official(run.model.state_dict())
     halves = {f"detector.{name}": t.half().cpu().contiguous() for name, t in tensors.items()}
     save_file(halves, path)
+    path.chmod(0o644)  # which save_file keeps from others
     path.with_suffix(".json").write_text(json.dumps(run.config, indent=2) + "\n")
     write_vocabulary(run.output / "vocabulary.txt", run.merges)
     run.model.load_state_dict(official.read_state(path))

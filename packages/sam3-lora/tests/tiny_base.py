@@ -35,6 +35,8 @@ def settings(words: int | None = None) -> dict[str, Any]:
     found = copy.deepcopy(load_golden(GOLDENS / "transformers_model").config["sam3_config"])
     if words is not None:
         found["text_config"]["vocab_size"] = words
+    start = found["text_config"]["vocab_size"] - 2  # with others transformers warns
+    found["text_config"] |= {"bos_token_id": start, "eos_token_id": start + 1}
     return found
 
 

@@ -140,9 +140,11 @@ class _NoValues(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func in (Tensor.tolist, Tensor.numpy) and isinstance(args[0], FakeTensor):
-            with unset_fake_temporarily():
-                return func(torch.zeros(args[0].shape, dtype=args[0].dtype))
+        if func in (Tensor.tolist, Tensor.numpy):
+            with unset_fake_temporarily():  # which would look at the batch's own tensors, too
+                if isinstance(args[0], FakeTensor):
+                    return func(torch.zeros(args[0].shape, dtype=args[0].dtype))
+                return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 

@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_core.training.arguments import choose_precision
+from lora_core.training.inference import autocast, evaluating
 from sam2_lora.automatic import UPSCALED_VALUES, Grid, segment_features
 from sam2_lora.config import Config
 from sam2_lora.image import preprocess, to_model_boxes, to_model_points, upscale_logits
@@ -124,30 +123,6 @@ def iou_above_probability(
 
 
 # -- running the network -------------------------------------------------------------------------
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """Mixed precision for `--precision`: auto is bf16 or fp16 on a GPU, and fp32 on the CPU.
-
-    Raises:
-        ConfigError: this device cannot compute in that precision.
-    """
-    chosen = choose_precision(precision, device)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[chosen]
-    return torch.autocast(device.type, dtype=dtype, enabled=chosen != "fp32")
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; every module's own mode comes back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def evaluate(model: Sam2Model, val: EvalSet, cfg: Config) -> dict[str, float]:

@@ -8,7 +8,6 @@ For every picture it writes `<stem>_mask.png` (0 background, 1, 2, ... the insta
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import MISSING, dataclass
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_core.config import option, parse
-from lora_core.errors import ConfigError, DataError, listing, one_line
+from lora_core.errors import ConfigError, listing, one_line
 from lora_core.guards import unnamed
 from lora_core.preflight import writable
 from lora_core.report import plural, say
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from sam2_lora.predictor import Predictor
 
 OVERLAY = "_overlay.png"
-NAME_LIMIT = 255  # bytes that file systems take
 
 
 @dataclass
@@ -168,40 +166,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def find_images(names: Sequence[str]) -> list[Path]:
-    """Pictures named directly or lying in the named folders, each once.
+    """The pictures of `--images`: see `lora_core.pictures.files.find_images`."""
+    from lora_core.pictures import files
 
-    Raises:
-        DataError: nothing there, or two pictures whose results would get the same name.
-    """
-    from lora_core.pictures.files import SUFFIXES
-
-    images: list[Path] = []
-    for name in names:
-        path = Path(name)
-        if not path.exists():
-            raise DataError(f"--images: nothing at {path.absolute()}")
-        inside = (
-            sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
-            if path.is_dir()
-            else [path]
-        )
-        if not inside:
-            raise DataError(
-                f"--images: no pictures ({' '.join(sorted(SUFFIXES))}) in {path.absolute()}"
-            )
-        images += [p for p in inside if p not in images]
-    by_stem: dict[str, Path] = {}
-    for image in images:
-        other = by_stem.setdefault(image.stem, image)
-        if other is not image:
-            raise DataError(
-                f"{other} and {image} would both write {image.stem}_mask.png: rename one"
-            )
-        if len(os.fsencode(f"{image.stem}{OVERLAY}")) > NAME_LIMIT:
-            raise DataError(
-                f"{image}: its results would have names of more than {NAME_LIMIT} bytes: rename it"
-            )
-    return images
+    return files.find_images(names, "_mask.png")
 
 
 # -- looking -------------------------------------------------------------------------------------

@@ -19,10 +19,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from lora_core.errors import ConfigError
 from lora_core.training.arguments import choose_precision
+from lora_core.training.inference import autocast, evaluating
 from sam2_lora.automatic import UPSCALED_VALUES, Grid, Instance, segment, segment_features
 from sam2_lora.image import preprocess, to_model_boxes, to_model_points, upscale_logits
 from sam2_lora.losses import LOGIT_LIMIT, best_masks
-from sam2_lora.metrics import OBJECTS_AT_ONCE, autocast, evaluating
+from sam2_lora.metrics import OBJECTS_AT_ONCE
 from sam2_lora.model import Decoded, Features, decode, encode, image_size, load
 
 if TYPE_CHECKING:

@@ -262,9 +262,9 @@ def cached_features(network: Sam2Model, cfg: Config) -> Callable[[Record], dict[
     import torch
 
     from lora_core.cache import FeatureCache, fingerprint
+    from lora_core.training.inference import autocast, evaluating
     from sam2_lora.data import pixels_of
     from sam2_lora.image import preprocess
-    from sam2_lora.metrics import autocast, evaluating
     from sam2_lora.model import encode
 
     cache = FeatureCache(str(cfg.cache_dir), int(cfg.cache_gb * 1e9))

@@ -1,3 +1,24 @@
 """LoRA fine-tuning of SAM 3: train on phrases, evaluate, predict, merge to official files."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+_HOME = {"Config": "config", "Predictor": "predictor", "build": "model", "load": "data"}
+__all__ = sorted(_HOME)
+
+if TYPE_CHECKING:
+    from sam3_lora.config import Config as Config
+    from sam3_lora.data import load as load
+    from sam3_lora.model import build as build
+    from sam3_lora.predictor import Predictor as Predictor
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sam3_lora' has no attribute {name!r}")
+    globals()[name] = getattr(import_module(f"sam3_lora.{_HOME[name]}"), name)
+    return globals()[name]

@@ -11,6 +11,10 @@ from lora_core.report import say
 
 COMMANDS = {
     "train": "train a LoRA on your pictures and phrases",
+    "find-lr": "a learning rate for your data, from a hundred updates",
+    "predict": "objects of phrases in your pictures: overlays and COCO results",
+    "evaluate": "scores of base and adapter on COCO annotations, best threshold",
+    "prepare": "a YOLO, VOC, LVIS, COCO or mask data set to the folder that training reads",
     "merge": "adapter and base to an official checkpoint, or a transformers folder",
 }
 
@@ -39,7 +43,7 @@ def dispatch(argv: Sequence[str]) -> int:
     command, *rest = argv
     if command not in COMMANDS:
         raise ConfigError(f"sam3-lora has no command {command!r}; {near(command, COMMANDS)}")
-    return import_module(f"sam3_lora.{command}").main(rest)
+    return import_module(f"sam3_lora.{command.replace('-', '_')}").main(rest)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,14 +14,16 @@ experiments/
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_core import settings
+from lora_core import preflight, settings
 from lora_core.config import dump, parse
 from lora_core.errors import CheckpointError, ConfigError, UserError
 from lora_core.report import table
@@ -33,6 +35,14 @@ if TYPE_CHECKING:
 _EPOCH = re.compile(r"epoch_(?P<epoch>\d+)\.pt")
 # What a run may find changed and still be the one that is asked for again.
 NOT_COMPARED = frozenset(["resume", "overwrite", "dry_run", "device", "tensorboard"])
+# Where things are on this machine.
+PATHS = frozenset(
+    [
+        "dataset.train_img_folder", "dataset.train_ann_file", "dataset.val_img_folder",
+        "dataset.val_ann_file", "paths.sam3_checkpoint", "paths.bpe_path", "checkpoint.save_dir",
+        "logging.log_dir", "resume", "adapter",
+    ]
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,13 @@ class Run:
     def text(self) -> Path:
         return self.logs / "training.log"
 
+    def problems(self) -> list[Callable[[], object]]:
+        """Checks that its folders can be written."""
+        return [
+            partial(preflight.writable, self.folder, "--checkpoint.save_dir"),
+            partial(preflight.writable, self.logs, "--logging.log_dir"),
+        ]
+
     def epochs(self) -> Iterator[tuple[Path, int]]:
         """The `epoch_N.pt` files with their N."""
         for path in sorted(self.folder.glob("epoch_*.pt")):
@@ -89,7 +106,7 @@ def refuse_existing(cfg: Config) -> None:
         ConfigError: there is one, with what to do about it.
     """
     run = Run.of(cfg)
-    if cfg.overwrite or not run.config.exists():
+    if cfg.overwrite or not os.path.exists(run.config):  # Path.exists raises for long names
         return
     place = run.folder.absolute()
     resume = "--resume " + str(run.best if run.best.exists() else run.folder)
@@ -110,18 +127,31 @@ def refuse_existing(cfg: Config) -> None:
     )
 
 
-def differences(there: Any, now: Any, path: str = "") -> list[tuple[str, str, str]]:
+def differences(there: Config, now: Config) -> list[tuple[str, str, str]]:
     """(setting, there, now) of all settings that make another run."""
-    found = []
-    for item in fields(now):
-        if not path and item.name in NOT_COMPARED:
-            continue
-        old, new = getattr(there, item.name), getattr(now, item.name)
-        if is_dataclass(new):
-            found += differences(old, new, f"{path}{item.name}.")
-        elif old != new:
-            found.append((path + item.name, str(old), str(new)))
-    return found
+    old = dict(flat(there))
+    return [
+        (name, str(old[name]), str(value))
+        for name, value in flat(now)
+        if name not in NOT_COMPARED and old[name] != value
+    ]
+
+
+def flat(values: Any, section: str = "") -> Iterator[tuple[str, Any]]:
+    """All settings by their names as flags have them, such as `lora.rank`."""
+    for item in fields(values):
+        value = getattr(values, item.name)
+        if is_dataclass(value):
+            yield from flat(value, f"{section}{item.name}.")
+        else:
+            yield section + item.name, value
+
+
+def described(cfg: Config) -> dict[str, Any]:
+    """The settings by name for files that travel: without paths of this machine, and secrets."""
+    here = {name: value for name, value in flat(cfg) if name not in PATHS}
+    plain: dict[str, Any] = settings.plain(here)
+    return plain
 
 
 def new_run(cfg: Config) -> Run:
@@ -243,6 +273,18 @@ class Artifacts:
         if not has_best:
             self.best(step, {})
 
+    def load_best(self, step: int) -> None:
+        """Give the network the adapter of a step whose training checkpoint is there.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        from lora_core import checkpoint
+        from lora_core.checkpoint.state import load_tensors
+
+        state = checkpoint.load(checkpoint.folder(self.run.state, step))
+        load_tensors(self.model, state["tensors"])
+
     def summary(self, **values: Any) -> None:
         """Write `training_summary.json`."""
         from lora_core.tensor_file import atomic_write
@@ -258,5 +300,5 @@ class Artifacts:
             "epoch": step / self.steps_per_epoch,
             "state": f"state/checkpoint-{step}",
             "metrics": dict(metrics or {}),
-            "settings": settings.plain(self.cfg),
+            "settings": described(self.cfg),
         }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,6 +117,11 @@ class MeanAveragePrecision:
             if (values > -1).any():
                 means[category] = float(values[values > -1].mean())
         return means
+
+    def matches(self) -> Iterator[Matches]:
+        """The matches of every unit with objects or detections, image by image."""
+        for units in self._images.values():
+            yield from units.values()
 
     def _accumulated(self) -> Any:
         from pycocotools.cocoeval import COCOeval

@@ -299,6 +299,13 @@ class Config(Guards):
             yield text.replace("--", "--logging.", 1)
         if not self.lora.components(self.training.enable_segmentation):
             yield "nothing to train: every component is switched off by --lora.apply_to_..."
+        if self.training.best_metric == "segm_mAP" and not self.training.enable_segmentation:
+            yield (
+                "--training.best_metric segm_mAP: masks are trained only with "
+                "--training.enable_segmentation true"
+            )
+        if self.training.best_metric != "auto" and self.dataset.val_ann_file is None:
+            yield "--training.best_metric needs validation data: give --dataset.val_ann_file"
         if self.lora.apply_to_mask_decoder and not self.training.enable_segmentation:
             yield (
                 "--lora.apply_to_mask_decoder: the mask head is trained only with "

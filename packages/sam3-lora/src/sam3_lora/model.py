@@ -8,8 +8,9 @@ an adapter means the same in every program.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,16 +155,19 @@ def skeleton(cfg: Config) -> Sam3Model:
     return model
 
 
-def glance(cfg: Config) -> None:
+def glance(cfg: Config, *checks: Callable[[Sam3Model], object]) -> None:
     """Look for the files of a configuration, at the header of its base, and at its vocabulary.
 
     Nothing is downloaded.
+
+    Args:
+        checks: more of them, given the `skeleton`, where the base is on this machine.
 
     Raises:
         CheckpointError: a missing adapter, or what `skeleton` raises.
         ConfigError: no vocabulary, or that of another model.
     """
-    preflight.check_all(lambda: _adapter_exists(cfg), lambda: _base_fits(cfg))
+    preflight.check_all(lambda: _adapter_exists(cfg), lambda: _base_fits(cfg, checks))
 
 
 def _adapter_exists(cfg: Config) -> None:
@@ -171,9 +175,11 @@ def _adapter_exists(cfg: Config) -> None:
         raise CheckpointError(f"--adapter {Path(cfg.adapter).absolute()} does not exist")
 
 
-def _base_fits(cfg: Config) -> None:
+def _base_fits(cfg: Config, checks: Sequence[Callable[[Sam3Model], object]]) -> None:
     if official.find_local(cfg.paths.sam3_checkpoint):
-        tokenizer(skeleton(cfg), cfg.paths.bpe_path)
+        model = skeleton(cfg)
+        words = partial(tokenizer, model, cfg.paths.bpe_path)
+        preflight.check_all(words, *(partial(check, model) for check in checks))
     elif cfg.paths.bpe_path:
         load_tokenizer(cfg.paths.bpe_path)
 

@@ -24,11 +24,13 @@ __all__ = [
     "Features",
     "build_network",
     "detect",
+    "divisible",
     "drop_text_encoder",
     "encode_images",
     "encode_text",
     "forward",
     "set_gradient_checkpointing",
+    "trains_text",
 ]
 
 LAYER_NORM_EPS = 1e-5  # everywhere in the official model; transformers has 1e-6 in the ViT
@@ -80,6 +82,23 @@ def set_gradient_checkpointing(model: Sam3Model, enabled: bool = True) -> None:
     parameter keep nothing in any case, and are not computed twice.
     """
     model.sam3_checkpointing = enabled
+
+
+def divisible(model: Sam3Model) -> list[nn.Module]:
+    """The modules that hold most of the image encoder's weights, each called once per forward.
+
+    Its blocks themselves are not: their parts are called one by one.
+    """
+    blocks = model.vision_encoder.backbone.layers
+    attention = ("q_proj", "k_proj", "v_proj", "o_proj")
+    projections = [getattr(block.attention, name) for block in blocks for name in attention]
+    return [*projections, *(block.mlp for block in blocks)]
+
+
+def trains_text(model: Sam3Model) -> bool:
+    """Whether what `encode_text` gives changes in training."""
+    parts = (model.text_encoder, model.text_projection)
+    return any(parameter.requires_grad for part in parts for parameter in part.parameters())
 
 
 def drop_text_encoder(model: Sam3Model) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,7 +36,7 @@ class Masks:
             return self._of(index, self.embeddings[index])
         batch, query = index
         order = batch.argsort(stable=True)
-        counts = torch.bincount(batch, minlength=len(self.pixels)).tolist()
+        counts = np.bincount(batch.cpu().numpy(), minlength=len(self.pixels)).tolist()
         groups = self.embeddings[batch[order], query[order]].split(counts)
         drawn = torch.cat([self._of(b, group) for b, group in enumerate(groups)])
         return drawn[order.argsort()]

@@ -36,7 +36,7 @@ def encode_text(model: Sam3Model, input_ids: Tensor, attention_mask: Tensor) -> 
         [P, L, C], 0 at padding behind the longest phrase.
     """
     text, width = model.text_encoder.text_model, input_ids.shape[1]
-    longest = int(attention_mask.sum(1).max())
+    longest = max(map(sum, attention_mask.tolist()))
     x = text.embeddings.token_embedding(input_ids[:, :longest])
     x = x + text.embeddings.position_embedding.weight[:longest]
     for layer in text.encoder.layers:

@@ -19,12 +19,12 @@ from sam3_lora.losses import LossSettings, loss
 from sam3_lora.metrics import CONFIDENT, CgF1, Kind, Unit, false_positive_rate
 from sam3_lora.outputs import Outputs, Targets
 from sam3_lora.postprocess import coco_records, detections, encode_masks, keep_best, object_scores
+from sam3_lora.tokenizer import CONTEXT, Tokenizer
 
 if TYPE_CHECKING:
     from transformers import Sam3Model
 
     from sam3_lora.data import EvalRecord
-    from sam3_lora.tokenizer import Tokenizer
 
 QUERIES_AT_ONCE = 16
 ABSENT_IMAGES = 50  # on which false positives are counted
@@ -42,7 +42,7 @@ ABSENT = (
 
 
 class EncodedPhrases:
-    """EncodedPhrases as the network reads them, each encoded once.
+    """Phrases as the network reads them, each encoded once.
 
     Args:
         texts: all phrases that will be asked for.
@@ -57,6 +57,16 @@ class EncodedPhrases:
             features.append(net.encode_text(network, ids, mask))
             valid.append(mask)
         self.features, self.mask = torch.cat(features), torch.cat(valid)
+
+    @classmethod
+    def without_values(cls, network: Sam3Model, texts: Iterable[str]) -> EncodedPhrases:
+        """Zeros on the CPU in their place, for a network on the meta device."""
+        blank = cls.__new__(cls)
+        blank.row = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        shape = (len(blank.row), CONTEXT)
+        blank.features = torch.zeros(*shape, network.text_projection.out_features)
+        blank.mask = torch.ones(shape, dtype=torch.int64)
+        return blank
 
     def rows(self, texts: Sequence[str]) -> Tensor:
         """i64 [P]."""
@@ -185,7 +195,7 @@ def box_targets(
 @torch.no_grad()
 def false_positives(
     network: Sam3Model,
-    tokenizer: Tokenizer,
+    words: EncodedPhrases | Tokenizer,
     records: Iterable[EvalRecord],
     known: Iterable[str],
     concepts: Sequence[str] = ABSENT,
@@ -193,12 +203,13 @@ def false_positives(
     """Share of (image, absent concept) pairs for which something is found, 0..1.
 
     Args:
+        words: phrases with the concepts among them; or what they are encoded with.
         records: of which the first `ABSENT_IMAGES` are asked.
         known: phrases of the data set, which are left out.
     """
     spoken = {phrase.casefold() for phrase in known}
     texts = [text for text in concepts if text.casefold() not in spoken]
-    phrases = EncodedPhrases(network, tokenizer, texts)
+    phrases = words if isinstance(words, EncodedPhrases) else EncodedPhrases(network, words, texts)
     best: list[float] = []
     for number, record in enumerate(records):
         if number == ABSENT_IMAGES:

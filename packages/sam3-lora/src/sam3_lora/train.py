@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_core.config import parse
 from lora_core.errors import ConfigError
 from lora_core.errors import run as guarded
+from lora_core.guards import Guards
 from lora_core.report import RunLog, copied_to, say
-from sam3_lora.artifacts import Artifacts, Run, checkpoint_of, find_run, new_run, refuse_existing
+from sam3_lora import objective
+from sam3_lora.artifacts import (
+    Artifacts,
+    Run,
+    checkpoint_of,
+    described,
+    find_run,
+    new_run,
+    refuse_existing,
+)
 from sam3_lora.config import Config
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Sam3Model, TrainingArguments
+    from transformers import TrainingArguments
 
     from lora_core.trainer import LoraTrainer
     from sam3_lora.data import Splits
     from sam3_lora.scoring import EncodedPhrases
-    from sam3_lora.tokenizer import Tokenizer
+    from sam3_lora.validation import Phrases
 
 COLUMNS = (
     "step", "split", "epoch", "loss", "loss_bbox", "loss_giou", "loss_ce", "presence_loss",
@@ -31,8 +41,19 @@ COLUMNS = (
     "pmF1", "IL_F1", "IL_FPR", "lr", "grad_norm", "seconds",
 )  # fmt: skip
 SHOWN = ("segm_mAP", "bbox_mAP", "cgF1", "pmF1", "loss")
-# Settings that a resumed run may change. Paths may: what lies there is compared.
-MAY_CHANGE = frozenset(["resume", "adapter", "overwrite", "device", "tensorboard", "trainer"])
+# Settings that a resumed run may change; paths may, too: what lies there is compared. The product
+# of batch size, accumulated batches and processes must stay.
+MAY_CHANGE = frozenset(
+    [
+        "training.max_epochs", "training.batch_size", "training.gradient_accumulation_steps",
+        "training.learning_rate", "training.weight_decay", "training.scheduler",
+        "training.warmup_steps", "training.timescale", "training.cooldown_steps",
+        "training.max_grad_norm", "training.gradient_checkpointing", "training.use_amp",
+        "training.amp_dtype", "training.val_epoch_freq", "checkpoint.save_freq",
+        "logging.log_steps", "dataset.num_workers", "dataset.follow_links", "overwrite", "device",
+        "tensorboard", "trainer", *(field.name for field in fields(Guards)),
+    ]
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +68,12 @@ def train(argv: Sequence[str]) -> int:
         UserError: settings, data or checkpoints that cannot be used; nothing is lost.
     """
     cfg, run = settings(argv)
-    ready(cfg, run)
+    place = run or Run.of(cfg)
+    ready(cfg, *place.problems(), *([] if run else [lambda: refuse_existing(cfg)]))
+    if cfg.dry_run:
+        from sam3_lora import dry_run
+
+        return dry_run.run(cfg)
 
     from lora_core.distributed import together
     from lora_core.training.arguments import choose_device
@@ -72,8 +98,11 @@ def settings(argv: Sequence[str]) -> tuple[Config, Run | None]:
     return parse(Config, ["--config", str(run.config), *argv], **about), run
 
 
-def ready(cfg: Config, run: Run | None) -> None:
+def ready(cfg: Config, *checks: Callable[[], object]) -> None:
     """Refuse what can be known before data, weights and the GPU are touched.
+
+    Args:
+        checks: more of them, whose problems are told together with the others.
 
     Raises:
         ConfigError: libraries, folders, a device or settings of the trainer that cannot work.
@@ -90,52 +119,44 @@ def ready(cfg: Config, run: Run | None) -> None:
     from lora_core.training.arguments import check_device
     from sam3_lora import model
 
+    layers = [] if cfg.adapter else [lambda net: model.adapt(net, cfg)]  # whether they exist
     preflight.check_all(
-        partial(preflight.writable, cfg.checkpoint.save_dir, "--checkpoint.save_dir"),
-        partial(preflight.writable, cfg.logging.log_dir, "--logging.log_dir"),
-        lambda: check_device(cfg.device, precision(cfg), cfg.trainer, SHOWN, cfg.dry_run),
-        partial(model.glance, cfg),
-        *([] if run else [lambda: refuse_existing(cfg)]),
+        *checks,
+        lambda: check_device(cfg.device, objective.precision(cfg), cfg.trainer, SHOWN, cfg.dry_run),
+        lambda: model.glance(cfg, *layers),
     )
-
-
-def precision(cfg: Config) -> str:
-    """The precision that settings ask for, as `choose_precision` has them.
-
-    The guide's `use_amp` is for GPUs: on the CPU it means nothing.
-    """
-    if not cfg.training.use_amp or cfg.device == "cpu":
-        return "fp32"
-    if cfg.device == "auto":
-        import torch
-
-        if not torch.cuda.is_available():
-            return "fp32"
-    return {"bfloat16": "bf16", "float16": "fp16"}[cfg.training.amp_dtype]
 
 
 def fit(cfg: Config, run: Run | None, device: torch.device) -> int:
     """Load data and weights, train, and write the results; the same in every process."""
+    from lora_core.disk import check_space, folder_bytes
     from lora_core.distributed import first_rank_decides
     from lora_core.trainer import LoraTrainer
-    from sam3_lora import data, model
+    from sam3_lora import data, memory, model, network, validation
+    from sam3_lora.predictor import Predictor
+    from sam3_lora.scoring import EncodedPhrases
 
     splits = data.load(cfg, lambda make: first_rank_decides(make, device))
     say(f"{splits}\n")
-    net = model.build(cfg)
-    if cfg.adapter:
-        model.load_adapter(net, cfg.adapter)
-        say(f"starting from {cfg.adapter}; its rank, alpha and layers are used")
-    else:
-        say(model.adapt(net, cfg))
-    net.to(device)
-    words = model.tokenizer(net, cfg.paths.bpe_path)
-    for note in data.notes_on_length(splits.phrases, words):
-        say(f"note: {note}")
-    phrases = encoded(net, words, splits, cfg)
-    run = run or first_rank_decides(lambda: new_run(cfg), device)
-    updates = updates_per_epoch(cfg, splits, device)
+    number_format = objective.usable_precision(cfg, device)
+    net = objective.adapted(model.build(cfg), cfg).to(device)
+    words = objective.vocabulary(net, splits, cfg)
+    fixed = objective.encoded(net, words, splits)
+    loss = objective.loss_of(cfg, fixed)
 
+    def phrases() -> EncodedPhrases:
+        return fixed or EncodedPhrases(net, words, objective.texts_of(splits))
+
+    evaluate = validation.evaluation(cfg, splits, phrases)
+    largest = partial(memory.largest_batch, splits.train, words)
+    cfg = memory.fitted(net, loss, largest, cfg, number_format)
+    updates = updates_per_epoch(cfg, splits)
+    use = memory.disk_use(net, cfg, updates, splits.val is not None)
+    check_space(use, cfg.checkpoint.save_dir, folder_bytes(run.folder) if run else 0)
+    run = run or first_rank_decides(lambda: new_run(cfg), device)
+    list_bad_samples(run, splits, device)
+
+    predictor = Predictor(net, words, number_format, fixed)
     with copied_to(run.text):
         log = RunLog(run.logs, run.csv, COLUMNS, cfg.tensorboard)
         prints = {"data": data.fingerprint(splits), "base": str(net.sam3_base.fingerprint)}
@@ -146,93 +167,40 @@ def fit(cfg: Config, run: Run | None, device: torch.device) -> int:
             arguments(cfg, run, updates, device),
             splits.train,
             partial(data.collate, tokenizer=words),
-            loss_of(cfg, phrases),
-            evaluation(cfg, splits, phrases),
+            loss,
+            evaluate,
             log=log,
             shown=SHOWN,
             on_best=artifacts.best,
             on_latest=artifacts.latest,
+            draw=lambda step: validation.show(predictor, splits, log, step),
             save_adapter=lambda path: model.save_adapter(net, path),
             referenced=artifacts.steps,
             schedule=schedule(cfg),
+            sharded=network.divisible(net) if cfg.shard_base else (),
             guards=cfg,
-            settings=asdict(cfg),
+            settings=described(cfg),
             fingerprints=prints,
             may_change=MAY_CHANGE,
             resume_with=f"sam3-lora train --resume {run.folder}",
+            advice=memory.advice(cfg),
         )
         trainer.train(resume_from_checkpoint=checkpoint_of(run, cfg.resume) if cfg.resume else None)
         if trainer.already_done and run.summary.is_file():
             say(f"nothing was changed; results: {run.folder}")
             return 0
-        first_rank_decides(lambda: conclude(trainer, artifacts, splits), device)
+        first_rank_decides(lambda: conclude(trainer, artifacts, splits, phrases), device)
         log.close()
     return 0
 
 
-def encoded(net: Sam3Model, words: Tokenizer, splits: Splits, cfg: Config) -> EncodedPhrases | None:
-    """The phrases of the data, encoded once; then the text encoder is dropped from memory.
+def list_bad_samples(run: Run, splits: Splits, device: torch.device) -> None:
+    """Write what was left out, and why, into the folder of the run."""
+    from lora_core.distributed import first_rank_decides
+    from lora_core.validate import REPORT, write_report
 
-    None where it is adapted, and so must run in every step.
-    """
-    import torch
-
-    from sam3_lora.network import drop_text_encoder
-    from sam3_lora.scoring import ABSENT, EncodedPhrases
-
-    masks = cfg.training.enable_segmentation
-    if "text_encoder" in cfg.lora.components(masks):
-        return None
-    with torch.no_grad():
-        phrases = EncodedPhrases(net, words, [*splits.phrases, "visual", *ABSENT])
-    drop_text_encoder(net)
-    return phrases
-
-
-def loss_of(cfg: Config, phrases: EncodedPhrases | None) -> Callable[[Any, dict[str, Any]], Any]:
-    """(network, batch) -> (loss, parts)."""
-    from sam3_lora import losses, network
-    from sam3_lora.outputs import Targets
-
-    masks, one_to_many = cfg.training.enable_segmentation, cfg.training.o2m_weight > 0
-    weights = losses.LossSettings(
-        masks=masks, o2m_weight=cfg.training.o2m_weight, mask_points=cfg.training.mask_points
-    )
-
-    def loss(net: Sam3Model, batch: dict[str, Any]) -> Any:
-        if phrases is not None:
-            rows = phrases.rows(batch["phrases"])
-            batch = batch | {
-                "text_features": phrases.features[rows],
-                "attention_mask": phrases.mask[rows],
-            }
-        outputs = network.forward(net, batch, masks=masks, one_to_many=one_to_many)
-        return losses.loss(outputs, Targets(**batch["targets"]), weights)
-
-    return loss
-
-
-def evaluation(
-    cfg: Config, splits: Splits, phrases: EncodedPhrases | None
-) -> Callable[[Any], dict[str, float]] | None:
-    """network -> figures, the one that best follows first; None without validation data."""
-    from sam3_lora.scoring import score
-
-    if splits.val is None:
-        return None
-    val, masks = splits.val, cfg.training.enable_segmentation
-    first = cfg.training.best_metric
-    if first == "auto":
-        first = "segm_mAP" if masks else "bbox_mAP"
-
-    def evaluate(net: Sam3Model) -> dict[str, float]:
-        assert phrases is not None
-        figures = score(net, val, phrases, masks).figures()
-        if first == "loss":
-            figures = {"minus_loss": -figures["loss"], **figures}
-        return {first: figures[first], **figures} if first in figures else figures
-
-    return evaluate
+    if splits.bad:
+        first_rank_decides(lambda: write_report(run.folder / REPORT, splits.bad), device)
 
 
 def schedule(cfg: Config) -> Callable[[int, int], float] | None:
@@ -253,7 +221,7 @@ def schedule(cfg: Config) -> Callable[[int, int], float] | None:
     return factor
 
 
-def updates_per_epoch(cfg: Config, splits: Splits, device: torch.device) -> int:
+def updates_per_epoch(cfg: Config, splits: Splits) -> int:
     """Optimizer updates of one pass over the training pictures, over all processes."""
     from lora_core.distributed import world_size
 
@@ -284,25 +252,49 @@ def arguments(cfg: Config, run: Run, updates: int, device: torch.device) -> Trai
         eval_steps=updates * training.val_epoch_freq,
         seed=cfg.seed,
         num_workers=cfg.dataset.num_workers,
-        precision=precision(cfg),
+        precision=objective.precision(cfg),
         device=device,
         trainer=saves | cfg.trainer,
     )
 
 
-def conclude(trainer: LoraTrainer, artifacts: Artifacts, splits: Splits) -> None:
-    """Write the last files, and say where all is."""
+def conclude(trainer: LoraTrainer, artifacts: Artifacts, splits: Splits, phrases: Phrases) -> None:
+    """Write the last files, look what the best adapter does to absent concepts, say where all is.
+
+    Afterwards the network has the best adapter.
+    """
+    import torch
+
+    from lora_core.training.checks import untouched
+    from lora_core.training.out_of_memory import explained
+    from lora_core.validate import REPORT, samples
+    from sam3_lora import validation
+
     run, step, best = artifacts.run, trainer.state.global_step, trainer.best
     artifacts.final(step, has_best=best is not None)
     if best is None:
-        say("no validation data: best.pt is the last epoch")
+        why = "no figure was measured" if splits.val else "no validation data"
+        say(f"{why}: best.pt is the last epoch")
+    net = trainer.network
+    with (
+        torch.no_grad(),
+        untouched(net),
+        trainer.accelerator.autocast(),
+        explained(net, lambda: "the test at the end", trainer.advice),
+    ):
+        artifacts.load_best(best["step"] if best else step)
+        rates = validation.absent_concepts(net, splits, phrases)
     artifacts.summary(
         steps=step,
         best_step=best and best["step"],
         best=best and best["metrics"],
+        absent_concepts_found=rates,
+        bad_samples=len(samples(splits.bad)),
         dropped_updates=trainer.dropped,
     )
     say(f"\nresults: {run.folder}\n  adapter for PEFT: {run.adapter}\n  figures: {run.csv}")
+    if splits.bad:
+        say(f"  left out: {len(samples(splits.bad))} bad samples, see {run.folder / REPORT}")
 
 
 if __name__ == "__main__":

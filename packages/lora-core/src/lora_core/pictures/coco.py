@@ -221,7 +221,7 @@ def _pictures(
             found[identity] = Picture(where, file.path, None, item)
             if not finite and (wrong := not_finite(item)):
                 raise DataError(wrong)
-            path = inside(folder, item.get("file_name"), reading)
+            path = inside(folder, _file_name(item), reading)
             if path in paths:
                 reading.problems.append(
                     f"{where}: {one_line(path.name)} is image {shown(paths[path])} already"
@@ -246,9 +246,18 @@ def _renamed(item: Any) -> dict[str, Any]:
     return item if "id" in item else {**item, "id": item.get("image_id")}
 
 
+def _file_name(item: dict[str, Any]) -> Any:
+    """What an image record calls its file; LVIS 1 has only COCO's address of it, of which
+    folder and name are taken: train2017/000000000030.jpg."""
+    address = item.get("coco_url")
+    if "file_name" in item or not isinstance(address, str):
+        return item.get("file_name")
+    return "/".join(address.split("/")[-2:])
+
+
 def _folder(items: list[Any], file: CocoFile) -> Path:
     """The first folder in which the first named picture lies; else the first that exists."""
-    names = [item["file_name"] for item in items if isinstance(item, dict) and "file_name" in item]
+    names = [name for item in items if isinstance(item, dict) and (name := _file_name(item))]
     if names and isinstance(names[0], str) and "\0" not in names[0]:
         first = names[0].replace("\\", "/")
         for folder in file.folders:

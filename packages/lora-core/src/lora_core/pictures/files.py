@@ -16,7 +16,7 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from lora_core.data_file import open_regular
-from lora_core.errors import DataError, one_line
+from lora_core.errors import DataError, listing, one_line
 
 MAX_PIXELS = 150_000_000  # a Sentinel-2 tile has 121 million
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # JPEG includes MPO, stereo pictures
@@ -46,6 +46,7 @@ BEGINNINGS = {
 }
 MAX_BYTES = 2**31  # of a picture's file: 150 million pixels of 4 channels of 16 bits, and some
 MAX_FRAMES = 1000
+NAME_LIMIT, ENDING = 255, 12  # bytes of a file's name, and of what results add: _overlay.png
 _SIDEWAYS = {5, 6, 7, 8}  # EXIF orientations that swap width and height
 # The ways in which decoders say that a file is damaged; hostile headers lead their code anywhere.
 DAMAGED = (
@@ -68,6 +69,49 @@ class Header(NamedTuple):
 
 
 # -- files -----------------------------------------------------------------------------------------
+
+
+def find_images(names: Sequence[str], result: str) -> list[Path]:
+    """Pictures named by `--images` directly, or lying in folders that it names, each once.
+
+    Args:
+        result: the end of the name of what is written for each, `_overlay.png`.
+
+    Raises:
+        DataError: nothing there, a name too long for results, or two pictures whose results would
+            get the same name; all problems together.
+    """
+    images: dict[Path, Path] = {}  # absolute -> as it was given
+    problems = []
+    for name in names:
+        path = Path(name)
+        if not path.exists():
+            problems.append(f"--images: nothing at {one_line(path.absolute())}")
+            continue
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+        if not inside:
+            suffixes = " ".join(sorted(SUFFIXES))
+            problems.append(f"--images: no pictures ({suffixes}) in {one_line(path.absolute())}")
+        for image in inside:
+            images.setdefault(Path(os.path.abspath(image)), image)
+    by_stem: dict[str, Path] = {}
+    for image in images.values():
+        other = by_stem.setdefault(image.stem, image)
+        if other is not image:
+            problems.append(
+                f"{one_line(other)} and {one_line(image)} would both write "
+                f"{one_line(image.stem)}{result}: rename one"
+            )
+        if len(os.fsencode(image.stem)) + ENDING > NAME_LIMIT:
+            problems.append(
+                f"{one_line(image)}: its results would have names of more than {NAME_LIMIT} bytes: "
+                "rename it"
+            )
+    if problems:
+        raise DataError(listing(problems))
+    return list(images.values())
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:

@@ -326,7 +326,8 @@ def _unknown(name: str, leaves: dict[str, _Leaf], dashes: str = "") -> str:
         return f"{dashes}{name}: {dashes}{parent} is written {dashes}{parent}.NAME VALUE"
     if parent in leaves:
         return f"unknown {kind} {dashes}{name}: {dashes}{parent} is a single value, without parts"
-    words = (*leaves, "config", "print_config", "version")
+    sections = dict.fromkeys(key.rpartition(".")[0] for key in leaves if "." in key)
+    words = (*leaves, *sections, "config", "print_config", "version")
     if not dashes and name in ("config", *_WITHOUT_VALUE):
         return f"{name} is a flag of the command line, --{name}, and no setting of a file"
     hint = near(dashes + name, [dashes + key for key in words])

@@ -136,6 +136,7 @@ def fit_batch(
     precision: str = "fp32",
     auto: bool = False,
     advice: Advice | None = None,
+    section: str = "",
 ) -> tuple[int, int]:
     """Try the largest batch of a run before its first step: memory runs out now or never.
 
@@ -145,6 +146,7 @@ def fit_batch(
     Args:
         make: number of samples -> a batch of the largest of them.
         auto: take a part of the batch and as many more accumulation steps when memory runs out.
+        section: what stands before the names of the settings, such as "training.".
 
     Returns:
         batch size and accumulation steps; their product is as it was.
@@ -170,8 +172,9 @@ def fit_batch(
         batch_size = part
     if batch_size < wanted:
         say(
-            f"--auto_batch: memory holds {batch_size} of {wanted} samples, so --batch_size "
-            f"{batch_size} and --gradient_accumulation_steps {accumulation} give the same update"
+            f"--auto_batch: memory holds {batch_size} of {wanted} samples, so --{section}batch_size "
+            f"{batch_size} and --{section}gradient_accumulation_steps {accumulation} make "
+            "updates of as many samples"
         )
     return batch_size, accumulation
 

@@ -1,0 +1,88 @@
+"""`sam3-lora find-lr`: a learning rate for your data, from a hundred updates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from lora_core.config import option, parse
+from lora_core.errors import run as guarded
+from lora_core.report import say
+from sam3_lora.config import Config
+
+
+@dataclass
+class Options(Config):
+    """Settings of `sam3-lora find-lr`: those of a training, and the ramp's."""
+
+    ramp_from: float = option(1e-5, "Learning rate of the first update.", "ramp")
+    ramp_to: float = option(1.0, "Learning rate of the last update.", "ramp")
+    ramp_steps: int = option(100, "Updates; it ends earlier when the loss diverges.", "ramp")
+    ramp_dir: str = option("find_lr", "find_lr.csv and find_lr.png go here.", "ramp")
+
+    def problems(self) -> Iterator[str]:
+        """Yield what cannot work, each as one line."""
+        yield from super().problems()
+        if self.ramp_steps < 10:
+            yield f"--ramp_steps is {self.ramp_steps}: it must be at least 10"
+        if not 0 < self.ramp_from < self.ramp_to:
+            yield f"--ramp_from {self.ramp_from}, --ramp_to {self.ramp_to}: above 0, and rising"
+        if self.dry_run:
+            yield "--dry_run belongs to `sam3-lora train`: find-lr trains"
+        if self.resume:
+            yield "--resume belongs to `sam3-lora train`: a ramp always starts anew"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `sam3-lora find-lr` with these words; returns the exit code."""
+    return guarded(suggest, argv)
+
+
+def suggest(argv: Sequence[str]) -> int:
+    """Raise the learning rate over a short training, and say which one is good.
+
+    Raises:
+        UserError: settings, data or checkpoints that cannot be used, or no rate that works.
+    """
+    cfg = parse(
+        Options,
+        argv,
+        prog="sam3-lora find-lr",
+        description="Raise the learning rate over a short training, and suggest one.",
+    )
+    from lora_core import find_lr, preflight
+    from lora_core.training.arguments import choose_device
+    from lora_core.training.out_of_memory import explained
+    from sam3_lora import data, memory, model, objective, train
+
+    # Not after a hundred updates.
+    train.ready(cfg, partial(preflight.writable, cfg.ramp_dir, "--ramp_dir"))
+    device = choose_device(cfg.device)
+    splits = data.load(cfg)
+    say(f"{splits}\n")
+    precision = objective.usable_precision(cfg, device)  # wakes a GPU, so after the data
+    network = objective.adapted(model.build(cfg), cfg).to(device)
+    words = objective.vocabulary(network, splits, cfg)
+    phrases = objective.encoded(network, words, splits)
+    with explained(network, lambda: "the ramp", memory.advice(cfg)):
+        curve = find_lr.ramp(
+            network,
+            objective.loss_of(cfg, phrases),
+            splits.train,
+            partial(data.collate, tokenizer=words),
+            batch_size=cfg.training.batch_size,
+            accumulation=cfg.training.gradient_accumulation_steps,
+            steps=cfg.ramp_steps,
+            low=cfg.ramp_from,
+            high=cfg.ramp_to,
+            weight_decay=cfg.training.weight_decay,
+            max_grad_norm=cfg.training.max_grad_norm,
+            seed=cfg.seed,
+            precision=precision,
+            num_workers=cfg.dataset.num_workers,
+        )
+    numbers, picture = find_lr.write(curve, cfg.ramp_dir)
+    say(f"\n{picture}\n{numbers}")
+    say(f"suggestion: --training.learning_rate {find_lr.rounded(curve.suggestion):.0e}")
+    return 0

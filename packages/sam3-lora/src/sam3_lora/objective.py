@@ -1,0 +1,121 @@
+"""What is trained, as settings say: the adapted network, its phrases, the loss, the precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from lora_core.report import say
+from sam3_lora.config import Config
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Sam3Model
+
+    from sam3_lora.data import Splits
+    from sam3_lora.scoring import EncodedPhrases
+    from sam3_lora.tokenizer import Tokenizer
+
+
+def adapted(net: Sam3Model, cfg: Config) -> Sam3Model:
+    """Put the adapters of a configuration on its base, and say what is adapted.
+
+    Raises:
+        CheckpointError: see `model.load_adapter`.
+        ConfigError: impossible LoRA settings.
+    """
+    from lora_core import summary
+    from sam3_lora import model
+
+    if cfg.adapter:
+        model.load_adapter(net, cfg.adapter)
+        say(f"starting from {cfg.adapter}; its rank, alpha and layers are used")
+        say(summary(net))
+    else:
+        say(model.adapt(net, cfg))
+    return net
+
+
+def vocabulary(net: Sam3Model, splits: Splits, cfg: Config) -> Tokenizer:
+    """The tokenizer of the base; says which phrases are too long for it.
+
+    Raises:
+        ConfigError: see `model.tokenizer`.
+    """
+    from sam3_lora import data, model
+
+    words = model.tokenizer(net, cfg.paths.bpe_path)
+    for note in data.notes_on_length(splits.phrases, words):
+        say(f"note: {note}")
+    return words
+
+
+def texts_of(splits: Splits) -> list[str]:
+    """All that a run may ask for: its phrases, example boxes, absent concepts."""
+    from sam3_lora.samples import VISUAL
+    from sam3_lora.scoring import ABSENT
+
+    return list(dict.fromkeys([*splits.phrases, VISUAL, *ABSENT]))
+
+
+def encoded(net: Sam3Model, words: Tokenizer, splits: Splits) -> EncodedPhrases | None:
+    """The phrases of the data, encoded once; then the text encoder is dropped from memory.
+
+    None where it is trained, and so must run in every step.
+    """
+    import torch
+
+    from sam3_lora.network import drop_text_encoder, trains_text
+    from sam3_lora.scoring import EncodedPhrases
+
+    if trains_text(net):
+        return None
+    with torch.no_grad():
+        phrases = EncodedPhrases(net, words, texts_of(splits))
+    drop_text_encoder(net)
+    return phrases
+
+
+def loss_of(cfg: Config, phrases: EncodedPhrases | None) -> Callable[[Any, dict[str, Any]], Any]:
+    """(network, batch) -> (loss, parts)."""
+    from sam3_lora import losses, network
+    from sam3_lora.outputs import Targets
+
+    masks, one_to_many = cfg.training.enable_segmentation, cfg.training.o2m_weight > 0
+    weights = losses.LossSettings(
+        masks=masks, o2m_weight=cfg.training.o2m_weight, mask_points=cfg.training.mask_points
+    )
+
+    def loss(net: Sam3Model, batch: dict[str, Any]) -> Any:
+        if phrases is not None:
+            rows = phrases.rows(batch["phrases"])
+            batch = batch | {
+                "text_features": phrases.features[rows],
+                "attention_mask": phrases.mask[rows],
+            }
+        outputs = network.forward(net, batch, masks=masks, one_to_many=one_to_many)
+        return losses.loss(outputs, Targets(**batch["targets"]), weights)
+
+    return loss
+
+
+def precision(cfg: Config) -> str:
+    """The precision that settings ask for, as `choose_precision` has them.
+
+    The guide's `use_amp` is for GPUs: on the CPU it means nothing.
+    """
+    if not cfg.training.use_amp or cfg.device == "cpu":
+        return "fp32"
+    if cfg.device == "auto":
+        import torch
+
+        if not torch.cuda.is_available():
+            return "fp32"
+    return {"bfloat16": "bf16", "float16": "fp16"}[cfg.training.amp_dtype]
+
+
+def usable_precision(cfg: Config, device: torch.device) -> str:
+    """`precision`, or an error if the device does not have it; wakes a GPU."""
+    from lora_core.training.arguments import choose_precision
+
+    return choose_precision(precision(cfg), device)

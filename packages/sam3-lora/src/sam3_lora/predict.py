@@ -1,0 +1,331 @@
+"""`sam3-lora predict`: the objects of phrases in pictures.
+
+For every picture it writes `<stem>_overlay.png`, and for all together `predictions.json`, a COCO
+data set whose annotations are COCO results: box, mask, score, and the phrase.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lora_core.config import option, parse
+from lora_core.errors import ConfigError, listing, one_line
+from sam3_lora.config import Config, Dataset, Device, Paths, parse_size
+from sam3_lora.user_prompts import Prompt, prompts_of_flags, read_prompts
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from sam3_lora.predictor import Prediction, Predictor
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+RESULTS = "predictions.json"
+
+
+@dataclass
+class Options:
+    """Settings of `sam3-lora predict`."""
+
+    images: list[str] = option(MISSING, "Pictures, or folders of pictures.", "input")
+    phrases: list[str] = option(
+        [], 'What to look for: short noun phrases, --phrases "bolt" "rusty nut".', "input"
+    )
+    boxes: list[str] = option(
+        [],
+        "Example boxes x0,y0,x1,y1 in pixels, for one phrase or without any: objects like these.",
+        "input",
+    )
+    labels: list[int] = option(
+        [], "1 (an example) or 0 (not what is meant) for each box; default: all 1.", "input"
+    )
+    prompts: str | None = option(
+        None,
+        'JSON file with phrases and boxes for each picture: {"a.jpg": ["bolt", {"phrase": "nut", '
+        '"boxes": [[x0, y0, x1, y1]], "labels": [1]}]}.',
+        "input",
+    )
+    checkpoint: str = option(
+        Paths.sam3_checkpoint,
+        "Base model, or a merged model (then without --adapter): file, folder or hub id.",
+        "model",
+    )
+    adapter: str | None = option(None, "best.pt, epoch_N.pt, or a PEFT directory.", "model")
+    bpe_path: str | None = option(
+        None, "bpe_simple_vocab_16e6.txt.gz of CLIP, where the checkpoint has no tokenizer beside.",
+        "model",
+    )  # fmt: skip
+    allow_partial: bool = option(
+        False, "Use what fits of an adapter with missing or unexpected tensors.", "model"
+    )
+    resolution: str | None = option(
+        None,
+        "Model input such as 1008 or 672x1008; default: the adapter's or checkpoint's own.",
+        "model",
+    )
+    precision: Precision = option(
+        "auto", "Mixed precision; auto is fp32 on the CPU, bf16 or fp16 on a GPU.", "model"
+    )
+    device: Device = option("auto", "Where to compute.", "model")
+    threshold: float = option(
+        0.5,
+        "Keep objects with a score above this, 0 to 1; sam3-lora evaluate suggests a value.",
+        "output",
+    )
+    nms: float | None = option(
+        None,
+        "Drop an object whose mask overlaps a better one of its phrase by an IoU above this.",
+        "output",
+    )
+    masks: bool = option(True, "Masks beside boxes.", "output")
+    compare: bool = option(
+        False, "With --adapter: overlays show the base model beside the adapted one.", "output"
+    )
+    output: str = option("predictions", "Folder for the results.", "output")
+    overwrite: bool = option(False, "Replace results that are there.", "output")
+
+    def __post_init__(self) -> None:
+        problems = list(self._problems())
+        if problems:
+            raise ConfigError(listing(problems))
+
+    def _problems(self) -> Iterator[str]:
+        if not 0 <= self.threshold <= 1:
+            yield f"--threshold is {self.threshold}: it must be 0 to 1"
+        if self.nms is not None and not 0 <= self.nms <= 1:
+            yield f"--nms is {self.nms}: it must be 0 to 1"
+        if self.nms is not None and not self.masks:
+            yield "--nms compares masks: leave out --masks false"
+        if self.compare and not self.adapter:
+            yield "--compare shows the base beside the adapter: give --adapter"
+        if self.prompts and (self.phrases or self.boxes or self.labels):
+            yield (
+                "--prompts FILE already holds the phrases and boxes: leave out --phrases, --boxes "
+                "and --labels"
+            )
+        try:
+            size_of(self.resolution)
+            if not self.prompts:
+                prompts_of_flags(self.phrases, self.boxes, self.labels)
+        except ConfigError as error:
+            yield str(error)
+
+
+def size_of(resolution: str | None) -> tuple[int, int] | None:
+    """--resolution as (height, width); None: the model's own.
+
+    Raises:
+        ConfigError: no size that the network runs at.
+    """
+    if resolution is None:
+        return None
+    try:
+        return parse_size(resolution)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("--dataset.", "--")) from None
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns the process exit code."""
+    options = parse(
+        Options, argv, prog="sam3-lora predict", description="Find the objects of phrases."
+    )
+    prompts = ready(options)
+
+    from lora_core.report import say
+    from lora_core.tensor_file import atomic_write
+    from sam3_lora.data import notes_on_length
+    from sam3_lora.predictor import Predictor
+
+    predictor = Predictor.load(
+        options.checkpoint,
+        options.adapter,
+        size_of(options.resolution),
+        options.device,
+        options.precision,
+        options.bpe_path,
+        options.allow_partial,
+    )
+    phrases = list(dict.fromkeys(one.phrase for asked in prompts.values() for one in asked))
+    for note in notes_on_length(phrases, predictor.words):
+        say(f"note: {note}")
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = coco(predict_all(predictor, prompts, options), phrases)
+    with atomic_write(folder / RESULTS) as file:
+        file.write(json.dumps(content).encode())
+    say(f"{len(prompts)} picture{'s' * (len(prompts) != 1)} -> {folder.absolute()}")
+    if not content["annotations"]:
+        say("nothing found: try a lower --threshold")
+    return 0
+
+
+# -- before any weight is read -------------------------------------------------------------------
+
+
+def ready(options: Options) -> dict[Path, list[Prompt]]:
+    """What is asked of each picture; refuses what can be known before the weights are read.
+
+    Raises:
+        ConfigError: libraries, folders or a device that cannot work, or results that are there.
+        DataError: pictures or a file of prompts that cannot be used.
+        CheckpointError: no such base or adapter, as far as headers tell.
+    """
+    from lora_core.pictures.files import find_images
+    from lora_core.preflight import check_all, writable
+
+    writable(options.output, "--output")
+    images = find_images(options.images, "_overlay.png")
+    prompts = read_prompts(images, options.phrases, options.boxes, options.labels, options.prompts)
+    refuse_results(options, images)
+    check_all(lambda: check_device(options), lambda: glance(options))
+    return prompts
+
+
+def refuse_results(options: Options, images: Sequence[Path]) -> None:
+    """Earlier results stay, and results do not lie among the pictures.
+
+    Raises:
+        ConfigError: with the first file that is there.
+    """
+    folder = Path(options.output)
+    if any(folder.resolve() == Path(name).resolve() for name in options.images):
+        raise ConfigError(
+            f"--output {one_line(folder)} is the folder of the pictures: overlays there would be "
+            "taken for pictures the next time; choose another one"
+        )
+    wanted = [RESULTS, *(f"{image.stem}_overlay.png" for image in images)]
+    there = [name for name in wanted if (folder / name).exists()]
+    if there and not options.overwrite:
+        raise ConfigError(
+            f"--output {one_line(folder.absolute())} holds {len(there)} of the results already, "
+            f"such as {one_line(there[0])}: choose another folder, or add --overwrite"
+        )
+
+
+def check_device(options: Any) -> None:
+    """Refuse a device or precision that this machine does not have.
+
+    Raises:
+        ConfigError: with what it has.
+    """
+    from lora_core.training.arguments import choose_device, choose_precision
+
+    choose_precision(options.precision, choose_device(options.device))
+
+
+def glance(options: Any) -> None:
+    """Look at versions, and at the headers and the vocabulary of --checkpoint and --adapter.
+
+    Raises:
+        ConfigError, CheckpointError: what cannot work, all together.
+    """
+    from lora_core import preflight
+    from sam3_lora import model
+
+    paths = Paths(options.checkpoint, options.bpe_path)
+    size = Dataset(resolution=options.resolution or Dataset.resolution)
+    preflight.check_all(
+        lambda: preflight.versions("sam3-lora", "lora-core[pictures]"), preflight.torchvision
+    )
+    model.glance(Config(paths=paths, dataset=size, adapter=options.adapter))
+
+
+# -- looking -------------------------------------------------------------------------------------
+
+
+def predict_all(
+    predictor: Predictor, prompts: Mapping[Path, Sequence[Prompt]], options: Options
+) -> Iterator[tuple[str, tuple[int, int], list[Prediction]]]:
+    """Name, size (H, W) and objects of one picture after the other; their overlays are written."""
+    from lora_core.pictures.files import read_image
+    from lora_core.report import say
+
+    for image, asked in prompts.items():
+        rgb = read_image(image)
+        models = predict_one(predictor, rgb, asked, options)
+        write_overlay(Path(options.output), image, rgb, asked, models)
+        _, found = models[-1]
+        parts = ", ".join(f"{len(one)} {one_line(one.phrase)}" for one in found)
+        say(f"{one_line(image.name)}: {parts}")
+        yield image.name, (rgb.shape[0], rgb.shape[1]), found
+
+
+def predict_one(
+    predictor: Predictor, rgb: NDArray[np.uint8], prompts: Sequence[Prompt], options: Options
+) -> list[tuple[str, list[Prediction]]]:
+    """Captions and objects of a picture: the base's first (with --compare), then the model's."""
+    from sam3_lora.predictor import only
+
+    names = ["base", "LoRA"] if options.compare else ["LoRA" if options.adapter else "prediction"]
+    found = []
+    for name in names:
+        with only(predictor, name):
+            predictor.set_image(rgb)
+            objects = predictor.predict(prompts, options.threshold, options.nms, options.masks)
+            found.append((name, objects))
+    return found
+
+
+# -- results -------------------------------------------------------------------------------------
+
+
+def write_overlay(
+    folder: Path,
+    image: Path,
+    rgb: NDArray[np.uint8],
+    prompts: Sequence[Prompt],
+    models: Sequence[tuple[str, Sequence[Prediction]]],
+) -> None:
+    """Write a picture's overlay."""
+    from lora_core.pictures.overlay import save
+    from sam3_lora.overlays import colours_of, counted, drawn, sheet
+
+    colours = colours_of(prompt.phrase for prompt in prompts)
+    pictures = [
+        (counted(caption, found), drawn(rgb, found, colours, prompts)) for caption, found in models
+    ]
+    save(folder / f"{image.stem}_overlay.png", sheet(pictures, image.name, colours))
+
+
+def coco(
+    results: Iterable[tuple[str, tuple[int, int], Sequence[Prediction]]], phrases: Sequence[str]
+) -> dict[str, Any]:
+    """A COCO data set of predictions, which COCO tools read, and `sam3-lora train` too.
+
+    Its annotations alone are what COCO calls results. Without masks an area is that of the box.
+
+    Args:
+        results: file name, size (H, W) and objects of each picture.
+        phrases: the categories, numbered from 1.
+    """
+    from pycocotools import mask as coco_mask
+
+    numbers = {phrase: number for number, phrase in enumerate(phrases, start=1)}
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for name, (height, width), found in results:
+        images.append({"id": len(images) + 1, "file_name": name, "height": height, "width": width})
+        for one in found:
+            for number in range(len(one)):
+                x0, y0, x1, y1 = one.boxes[number].tolist()
+                record = {
+                    "id": len(annotations) + 1,
+                    "image_id": len(images),
+                    "category_id": numbers[one.phrase],
+                    "phrase": one.phrase,
+                    "score": round(float(one.scores[number]), 6),
+                    "bbox": [round(value, 3) for value in (x0, y0, x1 - x0, y1 - y0)],
+                    "area": (x1 - x0) * (y1 - y0),
+                    "iscrowd": 0,
+                }
+                if one.rles is not None:
+                    record["segmentation"] = one.rles[number]
+                    record["area"] = int(coco_mask.area(one.rles[number]))
+                annotations.append(record)
+    categories = [{"id": number, "name": phrase} for phrase, number in numbers.items()]
+    return {"images": images, "annotations": annotations, "categories": categories}

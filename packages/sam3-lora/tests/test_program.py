@@ -1,0 +1,48 @@
+"""The promises of every package's training command, on the small random SAM 3."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import small_run
+
+from lora_core.testing import program
+from sam3_lora.config import Config
+from sam3_lora.train import main
+
+EXAMPLE = Path(__file__).parent.parent / "src" / "configs" / "lora_config_example.yaml"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_run.write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.mark.fault("K08", "K13", "K23", "K49")
+@pytest.mark.parametrize("promise", program.CONTRACT, ids=lambda promise: promise.__name__)
+def test_the_promises_of_every_training_command_hold(
+    promise: Callable[[program.Program, Path], None], base: Path, tmp_path: Path
+) -> None:
+    def small(folder: Path) -> list[str]:
+        # The loss on the validation data still falls in the second epoch.
+        settings = {"training__best_metric": "loss", "training__learning_rate": 1e-3}
+        return small_run.command(base, folder, **settings)
+
+    def resume(folder: Path) -> list[str]:
+        return ["--resume", str(folder / "checkpoints")]
+
+    promise(
+        program.Program(
+            main,
+            small,
+            resume,
+            Config,
+            examples=[EXAMPLE],
+            base="paths.sam3_checkpoint",
+            data="dataset.train_img_folder",
+            output="checkpoint.save_dir",
+        ),
+        tmp_path,
+    )
