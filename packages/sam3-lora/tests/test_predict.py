@@ -275,6 +275,21 @@ def test_pictures_and_boxes_are_checked_together(base: Path, pictures: Path) -> 
     refused(DataError, message, *words, "--output", pictures.parent / "out")
 
 
+def test_a_picture_that_cannot_be_decoded_does_not_cost_the_results_of_the_others(
+    base: Path, pictures: Path, tmp_path: Path
+) -> None:
+    path = pictures / "half.jpg"  # its header is whole
+    Image.open(pictures / "img_0.png").save(path, quality=95)
+    (pictures / "img_0.png").unlink()
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(DataError, match=r"half\.jpg: cannot be read"):
+        run(base, pictures, tmp_path / "out", "--phrases", "bolt", "--threshold", "0.1")
+    assert names(tmp_path / "out") == ["img_1_overlay.png", "predictions.json"]
+    content = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [image["file_name"] for image in content["images"]] == ["img_1.png"]
+    assert {one["image_id"] for one in content["annotations"]} == {1}
+
+
 def test_equal_names_and_missing_pictures_are_refused(pictures: Path, tmp_path: Path) -> None:
     shutil.copy(pictures / "img_0.png", tmp_path / "img_0.png")
     words = ("--images", pictures, tmp_path / "img_0.png", tmp_path / "gone", "--phrases", "bolt")

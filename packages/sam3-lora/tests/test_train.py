@@ -73,6 +73,8 @@ def test_a_run_leaves_the_tree_that_the_guide_promises(finished: Path) -> None:
 
 def test_the_log_has_what_the_terminal_showed(finished: Path) -> None:
     log = (finished / "experiments" / "logs" / "training.log").read_text()
+    assert "phrase  train  val" in log
+    assert "adapted modules" in log
     assert "before training  segm_mAP" in log
     assert "step 6  validation  segm_mAP" in log
     assert "step 1/6  loss " in log
@@ -250,15 +252,25 @@ def test_a_finished_run_is_not_trained_over(copy: Path, capsys: Capture) -> None
     assert "lora.rank" in error
 
 
+def test_the_figures_of_two_runs_do_not_mix(copy: Path, capsys: Capture) -> None:
+    assert main(["--config", "same.yaml", "--checkpoint.save_dir", "other"]) == 2
+    error = capsys.readouterr().err
+    assert "holds the figures of another run" in error
+    assert "--logging.log_dir" in error
+    assert not (copy / "other").exists()
+
+
 def test_overwriting_replaces_what_runs_write_and_nothing_else(
     copy: Path, base: Path, capsys: Capture
 ) -> None:
     checkpoints = copy / "experiments" / "checkpoints"
     (checkpoints / "notes.txt").write_text("mine")
+    (checkpoints / "bad_samples.jsonl").write_text("{}")
     argv = command(base, Path("experiments"), training__max_epochs=1, overwrite=True)
     assert main(argv) == 0
     assert (checkpoints / "notes.txt").read_text() == "mine"
     assert {path.name for path in checkpoints.glob("*.pt")} == {"best.pt", "epoch_1.pt"}
+    assert not (checkpoints / "bad_samples.jsonl").exists()
     assert [row["step"] for row in rows(copy / "experiments", "val")] == ["0", "2"]
 
 

@@ -27,6 +27,7 @@ from lora_core import preflight, settings
 from lora_core.config import dump, parse
 from lora_core.errors import CheckpointError, ConfigError, UserError
 from lora_core.report import table
+from lora_core.validate import REPORT
 from sam3_lora.config import Config
 
 if TYPE_CHECKING:
@@ -106,7 +107,14 @@ def refuse_existing(cfg: Config) -> None:
         ConfigError: there is one, with what to do about it.
     """
     run = Run.of(cfg)
-    if cfg.overwrite or not os.path.exists(run.config):  # Path.exists raises for long names
+    if cfg.overwrite:
+        return
+    if not os.path.exists(run.config):  # Path.exists raises for long names
+        if os.path.exists(run.csv):
+            raise ConfigError(
+                f"{run.logs.absolute()} holds the figures of another run: choose another "
+                "--logging.log_dir, or replace them with --overwrite"
+            )
         return
     place = run.folder.absolute()
     resume = "--resume " + str(run.best if run.best.exists() else run.folder)
@@ -154,8 +162,11 @@ def described(cfg: Config) -> dict[str, Any]:
     return plain
 
 
-def new_run(cfg: Config) -> Run:
+def new_run(cfg: Config, about: str) -> Run:
     """Make the folders of a new run, with its settings in them; with `overwrite` empty ones.
+
+    Args:
+        about: what was said before: the log begins with it.
 
     Raises:
         ConfigError: they cannot be made.
@@ -166,6 +177,7 @@ def new_run(cfg: Config) -> Run:
             _remove(run)
         run.folder.mkdir(parents=True, exist_ok=True)
         run.logs.mkdir(parents=True, exist_ok=True)
+        run.text.write_text(f"{about}\n", "utf-8", errors="backslashreplace")
         dump(cfg, run.config)
     except OSError as error:
         raise ConfigError(f"{run.folder.absolute()}: {error.strerror}") from error
@@ -176,7 +188,8 @@ def _remove(run: Run) -> None:
     """Delete what runs write, and nothing else; the settings first, which make it a run."""
     epochs = [path for path, _ in run.epochs()]
     events = sorted(run.logs.glob("events.out.tfevents.*"))
-    for path in (run.config, run.summary, run.best, *epochs, run.csv, run.text, *events):
+    files = (run.config, run.summary, run.best, run.folder / REPORT, run.csv, run.text)
+    for path in (*files, *epochs, *events):
         path.unlink(missing_ok=True)
     for folder in (run.state, run.adapter):
         if folder.is_dir() and not folder.is_symlink():

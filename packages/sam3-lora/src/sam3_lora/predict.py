@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_core.config import option, parse
-from lora_core.errors import ConfigError, listing, one_line
+from lora_core.errors import ConfigError, DataError, listing, one_line
 from sam3_lora.config import Config, Dataset, Device, Paths, parse_size
 from sam3_lora.user_prompts import Prompt, prompts_of_flags, read_prompts
 
@@ -130,7 +130,12 @@ def size_of(resolution: str | None) -> tuple[int, int] | None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns the process exit code."""
+    """Run the command; returns the process exit code.
+
+    Raises:
+        UserError: anything that the user can put right. Pictures that cannot be decoded are named
+            at the end, when the results of the others are written.
+    """
     options = parse(
         Options, argv, prog="sam3-lora predict", description="Find the objects of phrases."
     )
@@ -155,10 +160,14 @@ def main(argv: Sequence[str]) -> int:
         say(f"note: {note}")
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
-    content = coco(predict_all(predictor, prompts, options), phrases)
+    damaged: list[str] = []
+    content = coco(predict_all(predictor, prompts, options, damaged), phrases)
     with atomic_write(folder / RESULTS) as file:
         file.write(json.dumps(content).encode())
-    say(f"{len(prompts)} picture{'s' * (len(prompts) != 1)} -> {folder.absolute()}")
+    done = len(content["images"])
+    say(f"{done} picture{'s' * (done != 1)} -> {folder.absolute()}")
+    if damaged:
+        raise DataError(listing(damaged))
     if not content["annotations"]:
         say("nothing found: try a lower --threshold")
     return 0
@@ -239,14 +248,25 @@ def glance(options: Any) -> None:
 
 
 def predict_all(
-    predictor: Predictor, prompts: Mapping[Path, Sequence[Prompt]], options: Options
+    predictor: Predictor,
+    prompts: Mapping[Path, Sequence[Prompt]],
+    options: Options,
+    damaged: list[str],
 ) -> Iterator[tuple[str, tuple[int, int], list[Prediction]]]:
-    """Name, size (H, W) and objects of one picture after the other; their overlays are written."""
+    """Name, size (H, W) and objects of one picture after the other; their overlays are written.
+
+    Args:
+        damaged: gets what is wrong with the pictures that cannot be decoded.
+    """
     from lora_core.pictures.files import read_image
     from lora_core.report import say
 
     for image, asked in prompts.items():
-        rgb = read_image(image)
+        try:
+            rgb = read_image(image)
+        except DataError as error:  # the header was right; the others' results are not lost for it
+            damaged.append(str(error))
+            continue
         models = predict_one(predictor, rgb, asked, options)
         write_overlay(Path(options.output), image, rgb, asked, models)
         _, found = models[-1]

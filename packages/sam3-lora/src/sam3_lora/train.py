@@ -129,6 +129,7 @@ def ready(cfg: Config, *checks: Callable[[], object]) -> None:
 
 def fit(cfg: Config, run: Run | None, device: torch.device) -> int:
     """Load data and weights, train, and write the results; the same in every process."""
+    from lora_core import summary
     from lora_core.disk import check_space, folder_bytes
     from lora_core.distributed import first_rank_decides
     from lora_core.trainer import LoraTrainer
@@ -153,7 +154,7 @@ def fit(cfg: Config, run: Run | None, device: torch.device) -> int:
     updates = updates_per_epoch(cfg, splits)
     use = memory.disk_use(net, cfg, updates, splits.val is not None)
     check_space(use, cfg.checkpoint.save_dir, folder_bytes(run.folder) if run else 0)
-    run = run or first_rank_decides(lambda: new_run(cfg), device)
+    run = run or first_rank_decides(lambda: new_run(cfg, f"{splits}\n\n{summary(net)}"), device)
     list_bad_samples(run, splits, device)
 
     predictor = Predictor(net, words, number_format, fixed)

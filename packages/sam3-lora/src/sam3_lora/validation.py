@@ -89,10 +89,13 @@ def absent_concepts(net: Sam3Model, splits: Splits, phrases: Phrases) -> dict[st
         "base" and "lora", 0..1; {} without validation pictures.
     """
     from lora_core import adapters_off
-    from sam3_lora.scoring import false_positives
+    from sam3_lora.scoring import ABSENT, ABSENT_IMAGES, false_positives
 
     if splits.val is None:
         return {}
+    say(
+        f"\nasking {min(len(splits.val), ABSENT_IMAGES)} pictures for {len(ABSENT)} absent concepts"
+    )
     with adapters_off(net):
         base = false_positives(net, phrases(), splits.val, splits.phrases)
     rates = {"base": base, "lora": false_positives(net, phrases(), splits.val, splits.phrases)}
