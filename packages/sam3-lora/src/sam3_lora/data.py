@@ -10,6 +10,7 @@ not change it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,7 @@ __all__ = [
     "fingerprint",
     "load",
     "notes_on_length",
+    "updates_per_epoch",
 ]
 
 MAX_LISTED = 20  # phrases in the printed table
@@ -205,6 +207,14 @@ def fingerprint(splits: Splits) -> str:
         parts["val"] = splits.val.records
     phrases = [splits.train.phrases, list(splits.val.numbers) if splits.val else []]
     return pictures.digest_of(pictures.fingerprint(parts, LOOK), *phrases)
+
+
+def updates_per_epoch(cfg: Config, splits: Splits) -> int:
+    """Optimizer updates of one pass over the training pictures, over all processes."""
+    from lora_core.distributed import world_size
+
+    batches = math.ceil(len(splits.train) / (cfg.training.batch_size * world_size()))
+    return math.ceil(batches / cfg.training.gradient_accumulation_steps)
 
 
 def load(cfg: Config, share: Callable[[Callable[[], Any]], Any] = lambda make: make()) -> Splits:

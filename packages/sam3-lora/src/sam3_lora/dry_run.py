@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora_core import dry_run
 from lora_core.report import say
-from sam3_lora import data, memory, model, objective, train
+from sam3_lora import data, memory, model, objective
 from sam3_lora.config import Config
 from sam3_lora.network import drop_text_encoder, trains_text
 from sam3_lora.scoring import EncodedPhrases
@@ -33,7 +33,7 @@ def run(cfg: Config) -> int:
         objective.loss_of(cfg, phrases),
         memory.largest_batch(splits.train, words, cfg.training.batch_size),
         precisions(cfg),
-        memory.disk_use(network, cfg, train.updates_per_epoch(cfg, splits), splits.val is not None),
+        memory.disk_use(network, cfg, data.updates_per_epoch(cfg, splits), splits.val is not None),
         cfg.checkpoint.save_dir,
     )
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
@@ -151,7 +150,7 @@ def fit(cfg: Config, run: Run | None, device: torch.device) -> int:
     evaluate = validation.evaluation(cfg, splits, phrases)
     largest = partial(memory.largest_batch, splits.train, words)
     cfg = memory.fitted(net, loss, largest, cfg, number_format)
-    updates = updates_per_epoch(cfg, splits)
+    updates = data.updates_per_epoch(cfg, splits)
     use = memory.disk_use(net, cfg, updates, splits.val is not None)
     check_space(use, cfg.checkpoint.save_dir, folder_bytes(run.folder) if run else 0)
     run = run or first_rank_decides(lambda: new_run(cfg, f"{splits}\n\n{summary(net)}"), device)
@@ -220,14 +219,6 @@ def schedule(cfg: Config) -> Callable[[int, int], float] | None:
         return inverse_sqrt_factor(update, updates, warmup, training.timescale, cooldown)
 
     return factor
-
-
-def updates_per_epoch(cfg: Config, splits: Splits) -> int:
-    """Optimizer updates of one pass over the training pictures, over all processes."""
-    from lora_core.distributed import world_size
-
-    batches = math.ceil(len(splits.train) / (cfg.training.batch_size * world_size()))
-    return math.ceil(batches / cfg.training.gradient_accumulation_steps)
 
 
 def arguments(cfg: Config, run: Run, updates: int, device: torch.device) -> TrainingArguments:

@@ -172,9 +172,9 @@ def fit_batch(
         batch_size = part
     if batch_size < wanted:
         say(
-            f"--auto_batch: memory holds {batch_size} of {wanted} samples, so --{section}batch_size "
-            f"{batch_size} and --{section}gradient_accumulation_steps {accumulation} make "
-            "updates of as many samples"
+            f"--auto_batch: memory holds {batch_size} of {wanted} samples, so "
+            f"--{section}batch_size {batch_size} and --{section}gradient_accumulation_steps "
+            f"{accumulation} make updates of as many samples"
         )
     return batch_size, accumulation
 
