@@ -235,9 +235,9 @@ def test_boxes_are_cut_dropped_and_counted(
         (60, 30, 80, 40),
     ]
     said = capsys.readouterr().out
-    assert "note: 2 boxes that leave their picture: cut" in said
-    assert "note: 1 boxes without width or height: left out" in said
-    assert "note: 1 objects that stand twice in their picture: left out" in said
+    assert "note: boxes that leave their picture, cut: 2" in said
+    assert "note: boxes without width or height, left out: 1" in said
+    assert "note: objects that stand twice in their picture, left out: 1" in said
 
 
 @pytest.mark.parametrize(

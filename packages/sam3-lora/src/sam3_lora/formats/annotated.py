@@ -28,9 +28,9 @@ SPLITS = {
 }
 MAX_TEXT = 2**26  # bytes of a text file of labels or names
 DIGITS = 3  # of coordinates: a thousandth of a pixel
-ZERO = "boxes without width or height: left out"
-CUT = "boxes that leave their picture: cut"
-DOUBLED = "objects that stand twice in their picture: left out"
+ZERO = "boxes without width or height, left out"
+CUT = "boxes that leave their picture, cut"
+DOUBLED = "objects that stand twice in their picture, left out"
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?", re.ASCII)
 
 

@@ -106,7 +106,7 @@ def read(place: Place, reading: Reading) -> Part:
             annotated[picture] = file
             _read_one(root, file, picture, reading)
     if not place.sets and (left := len(set(pictures.values()) - annotated.keys())):
-        reading.notes["pictures without XML file: left out"] += left
+        reading.notes["pictures without XML file, left out"] += left
     names = sorted({entry.phrase for record in reading.records for entry in record.entries})
     return Part(reading.records, {name: k for k, name in enumerate(names, start=1)})
 
