@@ -13,9 +13,9 @@ import math
 from pathlib import Path
 
 import pytest
-import small_run
+import tiny_run
 import torch
-from small_run import command, rows, tensors
+from tiny_run import command, rows, tensors
 
 from lora_core.testing.processes import run
 from sam3_lora.train import main
@@ -23,12 +23,12 @@ from sam3_lora.train import main
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_run.write_base(tmp_path_factory.mktemp("base"), dropout=0)
+    return tiny_run.write_base(tmp_path_factory.mktemp("base"), dropout=0)
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_run.write_pictures(tmp_path_factory.mktemp("data") / "pictures", 4)
+    return tiny_run.write_pictures(tmp_path_factory.mktemp("data") / "pictures", 4)
 
 
 def words(base: Path, pictures: Path, output: Path, **more: object) -> list[str]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import small_run
 import tiny_base
+import tiny_run
 import torch
 from PIL import Image
 
@@ -27,12 +27,12 @@ from sam3_lora.evaluation_report import warnings
 from sam3_lora.metrics import Unit
 from sam3_lora.scoring import ABSENT, EncodedPhrases, false_positives, score
 
-PICTURES = small_run.PICTURES
+PICTURES = tiny_run.PICTURES
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_run.write_base(tmp_path_factory.mktemp("base"))
+    return tiny_run.write_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

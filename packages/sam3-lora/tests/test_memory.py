@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_run
+import tiny_run
 import torch
 
 from lora_core.config import parse
@@ -23,11 +23,11 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_run.write_base(tmp_path_factory.mktemp("base"), dropout=0)
+    return tiny_run.write_base(tmp_path_factory.mktemp("base"), dropout=0)
 
 
 def config(base: Path, **given: Any) -> Config:
-    return parse(Config, small_run.command(base, Path("unused"), **given), prog="t")
+    return parse(Config, tiny_run.command(base, Path("unused"), **given), prog="t")
 
 
 # -- the largest batch -----------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def test_remedies_are_flags_that_exist_and_are_not_in_use(base: Path) -> None:
         "--dataset.resolution",
     ]  # fmt: skip
     words = [word for one in found for word in one.partition(" (")[0].split()]
-    taken = parse(Config, [*small_run.command(base, Path("u")), *words,
+    taken = parse(Config, [*tiny_run.command(base, Path("u")), *words,
                            "--training.enable_segmentation"], prog="t")  # fmt: skip
     assert taken.dataset.size == (672, 672)
     assert [one.split()[0] for one in memory.remedies(taken)] == [
@@ -162,7 +162,7 @@ def test_auto_batch_halves_and_accumulates(base: Path, capsys: Capture) -> None:
 def test_a_run_writes_no_more_than_was_foreseen(
     base: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    argv = small_run.command(base, tmp_path, training__max_epochs=2, keep_last=1)
+    argv = tiny_run.command(base, tmp_path, training__max_epochs=2, keep_last=1)
     assert train.main([*argv, "--dry_run"]) == 0
     assert not list(tmp_path.iterdir())
     assert "memory of a step" in capsys.readouterr().out
@@ -175,7 +175,7 @@ def test_a_run_writes_no_more_than_was_foreseen(
 
 
 def test_a_learning_rate_is_found_and_drawn(base: Path, tmp_path: Path, capsys: Capture) -> None:
-    argv = small_run.command(base, tmp_path / "run", ramp_steps=12, ramp_dir=tmp_path / "ramp")
+    argv = tiny_run.command(base, tmp_path / "run", ramp_steps=12, ramp_dir=tmp_path / "ramp")
     assert find_lr.main(argv) == 0
     assert "suggestion: --training.learning_rate " in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "ramp").iterdir()} == {"find_lr.csv", "find_lr.png"}

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import small_run
 import tiny_base
+import tiny_run
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -24,13 +24,13 @@ from sam3_lora.predictor import only
 from sam3_lora.transforms import preprocess
 from sam3_lora.user_prompts import Prompt, read_prompts
 
-PICTURE = small_run.PICTURES / "img_0.png"  # 61 x 47 pixels
+PICTURE = tiny_run.PICTURES / "img_0.png"  # 61 x 47 pixels
 EXAMPLES = Prompt("bolt", ((10, 5, 30, 40), (35, 10, 50, 20)), (1, 0))
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_run.write_base(tmp_path_factory.mktemp("base"))
+    return tiny_run.write_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def pictures(tmp_path: Path) -> Path:
     folder = tmp_path / "pictures"
     folder.mkdir()
     for name in ("img_0.png", "img_1.png"):
-        shutil.copy(small_run.PICTURES / name, folder)
+        shutil.copy(tiny_run.PICTURES / name, folder)
     return folder
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import small_run
+import tiny_run
 
 from lora_core.testing import program
 from sam3_lora.config import Config
@@ -17,7 +17,7 @@ EXAMPLE = Path(__file__).parent.parent / "src" / "configs" / "lora_config_exampl
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_run.write_base(tmp_path_factory.mktemp("base"))
+    return tiny_run.write_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.mark.fault("K08", "K13", "K23", "K49")
@@ -28,7 +28,7 @@ def test_the_promises_of_every_training_command_hold(
     def small(folder: Path) -> list[str]:
         # The loss on the validation data still falls in the second epoch.
         settings = {"training__best_metric": "loss", "training__learning_rate": 1e-3}
-        return small_run.command(base, folder, **settings)
+        return tiny_run.command(base, folder, **settings)
 
     def resume(folder: Path) -> list[str]:
         return ["--resume", str(folder / "checkpoints")]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import small_run
+import tiny_run
 import torch
 
 from lora_core.testing.no_device import no_device
@@ -19,7 +19,7 @@ Refuse = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_run.write_base(tmp_path_factory.mktemp("base"))
+    return tiny_run.write_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def refuse(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Re
     """
 
     def call(*words: object, lines: int = 2, **given: object) -> str:
-        argv = small_run.command(base, tmp_path / "out", **given)
+        argv = tiny_run.command(base, tmp_path / "out", **given)
         capsys.readouterr()
         with no_device():
             status = main([*argv, *map(str, words)])
@@ -203,7 +203,7 @@ def test_a_base_without_a_vocabulary_says_where_to_get_it(
 
 
 def test_faults_of_the_data_come_together_with_their_places(refuse: Refuse, tmp_path: Path) -> None:
-    pictures = small_run.write_pictures(tmp_path / "p", 3)
+    pictures = tiny_run.write_pictures(tmp_path / "p", 3)
     file = pictures / "_annotations.coco.json"
     content = json.loads(file.read_text())
     content["annotations"][0]["bbox"] = [1, 2, 3]

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_run
+import tiny_run
 import torch
-from small_run import command, rows, same, summary, tensors
+from tiny_run import command, rows, same, summary, tensors
 
 from lora_core.config import dump, parse
 from lora_core.errors import ConfigError
@@ -24,7 +24,7 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_run.write_base(tmp_path_factory.mktemp("base"))
+    return tiny_run.write_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_files_that_travel_do_not_tell_where_they_were_made(finished: Path, base
     files = [*checkpoints.glob("*.pt"), *checkpoints.glob("adapter/*")]
     files += [path for path in checkpoints.glob("state/**/*") if path.is_file()]
     assert len(files) > 10
-    places = (base.parent, finished, small_run.PICTURES)
+    places = (base.parent, finished, tiny_run.PICTURES)
     told = [
         (path, place)
         for path in files
@@ -196,7 +196,7 @@ def test_a_resume_finds_base_and_pictures_elsewhere(
 ) -> None:
     kill_after_epoch_2(copy)
     shutil.copytree(base.parent, tmp_path / "other base")
-    pictures = shutil.copytree(small_run.PICTURES, tmp_path / "other pictures")
+    pictures = shutil.copytree(tiny_run.PICTURES, tmp_path / "other pictures")
     words = ["--paths.sam3_checkpoint", str(tmp_path / "other base" / base.name)]
     for split in ("train", "val"):
         words += [f"--dataset.{split}_img_folder", str(pictures)]
@@ -211,7 +211,7 @@ def test_other_pictures_than_those_of_the_run_are_refused(
     copy: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     kill_after_epoch_2(copy)
-    pictures = shutil.copytree(small_run.PICTURES, tmp_path / "pictures")
+    pictures = shutil.copytree(tiny_run.PICTURES, tmp_path / "pictures")
     file = pictures / "_annotations.coco.json"
     content = json.loads(file.read_text())
     content["annotations"][0]["bbox"][0] += 1
@@ -310,8 +310,8 @@ def test_accumulated_batches_train_as_one_of_their_size(tmp_path: Path) -> None:
     """Where every picture asks and holds as much as the others: the loss is normalised over a
     batch, so that the number of its queries and objects counts. It grows with the root of its
     queries, which clipping takes out of the update."""
-    base = small_run.write_base(tmp_path / "base", dropout=0)
-    pictures = small_run.write_pictures(tmp_path / "pictures", 4)
+    base = tiny_run.write_base(tmp_path / "base", dropout=0)
+    pictures = tiny_run.write_pictures(tmp_path / "pictures", 4)
     same_counts: dict[str, Any] = {
         "dataset__train_img_folder": pictures,
         "dataset__train_ann_file": pictures / "_annotations.coco.json",
@@ -363,7 +363,7 @@ def test_an_adapted_text_encoder_is_validated_as_it_is_at_that_time(
 
 
 def test_a_bad_picture_may_be_left_out_and_is_listed(base: Path, tmp_path: Path) -> None:
-    pictures = small_run.write_pictures(tmp_path / "pictures", 3)
+    pictures = tiny_run.write_pictures(tmp_path / "pictures", 3)
     (pictures / "1.png").write_bytes((pictures / "1.png").read_bytes()[:500])
     argv = command(
         base, tmp_path, dataset__train_img_folder=pictures, training__max_epochs=1,
