@@ -4,10 +4,42 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from lora_core.config import parse
+from lora_core.testing import check_commands
+from sam3_lora import evaluate, find_lr, merge, predict, prepare
 from sam3_lora.__main__ import COMMANDS, main
+from sam3_lora.config import Config
+
+PACKAGE = Path(__file__).parent.parent
+OPTIONS = {
+    "train": Config,
+    "find-lr": find_lr.Options,
+    "predict": predict.Options,
+    "evaluate": evaluate.Options,
+    "prepare": prepare.Options,
+    "merge": merge.Options,
+}
+
+
+def verb(argv: list[str]) -> None:
+    parse(OPTIONS[argv[0]], argv[1:], prog=argv[0])
+
+
+def settings(argv: list[str]) -> None:
+    parse(Config, argv, prog="train")
+
+
+def test_every_command_of_the_readme_parses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(PACKAGE)  # where its example configuration is
+    readme = PACKAGE / "README.md"
+    found = check_commands(readme, {"sam3-lora": verb, "train.py": settings})
+    assert found
+    said = readme.read_text("utf-8")
+    assert all(f"sam3-lora {name}" in said for name in COMMANDS)
 
 
 def test_usage_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
