@@ -181,3 +181,20 @@ def test_a_shape_beyond_any_tensor_is_a_damaged_file(tmp_path):
 def test_tensors_without_values_are_read(tmp_path):
     torch.save({"x": torch.zeros(0, 3)}, tmp_path / "a.pt")
     assert read_torch(tmp_path / "a.pt")["x"].shape == (0, 3)
+
+
+@pytest.mark.fault("H06")
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [(6, 100), (8, 0x20)],
+    ids=["a later version of the format", "patched data"],
+)
+def test_a_zip_archive_of_a_kind_that_python_does_not_read_is_named(tmp_path, place, value):
+    path = tmp_path / "new.pt"
+    torch.save({"x": torch.ones(2)}, path)
+    data = bytearray(path.read_bytes())
+    entry = data.find(b"PK\x01\x02")  # of the directory at the end, the first
+    data[entry + place : entry + place + 2] = struct.pack("<H", value)
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"new\.pt is damaged.*needs what torch\.save never"):
+        read_torch(path)

@@ -111,6 +111,20 @@ def test_a_decoder_that_dies_costs_its_own_sample_only(
     assert found == {index: (index, "") for index in range(20) if index != 5}
 
 
+@pytest.mark.fault("D43")
+def test_inputs_are_looked_at_side_by_side(tmp_path: Path) -> None:
+    """Each input waits until two processes are at work: alone, a process would see itself only."""
+
+    def function(index: int) -> int:
+        (tmp_path / str(os.getpid())).touch()
+        end = time.monotonic() + 10
+        while len(found := os.listdir(tmp_path)) < 2 and time.monotonic() < end:
+            time.sleep(0.01)
+        return len(found)
+
+    assert dict(shielded.each(function, 16, workers=2)) == dict.fromkeys(range(16), (2, ""))
+
+
 def test_a_worker_that_was_killed_from_outside_is_replaced(tmp_path: Path) -> None:
     """The system kills a process when memory is short: the sample at hand may be innocent."""
 
