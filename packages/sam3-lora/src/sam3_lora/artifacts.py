@@ -93,6 +93,14 @@ class Run:
             partial(preflight.writable, self.logs, "--logging.log_dir"),
         ]
 
+    def tidy(self) -> None:
+        """Delete files half written that a killed process has left."""
+        from lora_core.tensor_file import remove_partial
+
+        for folder in (self.folder, self.adapter):
+            if folder.is_dir():
+                remove_partial(folder)
+
     def epochs(self) -> Iterator[tuple[Path, int]]:
         """The `epoch_N.pt` files with their N."""
         for path in sorted(self.folder.glob("epoch_*.pt")):
