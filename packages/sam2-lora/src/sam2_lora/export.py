@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from lora_core.base_file import SUFFIXES, WEIGHTS
-from lora_core.errors import CheckpointError, ConfigError, NumericError
+from lora_core.errors import ConfigError, NumericError
 from lora_core.merged_file import (
     check_written,
     exact,
     move,
     private_folder,
+    refuse_changed,
     refuse_existing,
     same_bits,
     write_tensors,
@@ -103,7 +104,7 @@ def export(
         refuse_existing(part, overwrite)
     if base.path.resolve() in {part.resolve() for part in parts}:
         raise ConfigError(f"{output} is the base itself: choose another --output")
-    _check_unchanged(model, base)
+    refuse_changed(base.path, base_fingerprint(base), model.sam2_base.fingerprint)
     merged = merged_file(model, base, dtype)
     if output.suffix not in SUFFIXES and base.format != "transformers":
         merged = replace(merged, tensors=merged.image)  # a new folder is a Sam2Model
@@ -128,13 +129,6 @@ def merged_file(
     if dtype == "fp32":
         tensors = {k: t if is_video(k) else t.float() for k, t in tensors.items()}
     return replace(base, tensors=merged_state_dict(model, tensors, rename=module_to_official))
-
-
-def _check_unchanged(model: Sam2Model, base: OfficialFile) -> None:
-    if base_fingerprint(base) != model.sam2_base.fingerprint:
-        raise CheckpointError(
-            f"{base.path} has changed since the model was built from it: put the old file back"
-        )
 
 
 # -- writing -------------------------------------------------------------------------------------

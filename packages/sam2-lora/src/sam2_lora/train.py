@@ -219,12 +219,7 @@ def ready(cfg: Config, run: Run | None) -> None:
     """
     from lora_core import preflight
 
-    preflight.check_all(
-        lambda: preflight.versions(
-            "sam2-lora", "lora-core[train,pictures,peft]", optional=("peft",)
-        ),
-        preflight.torchvision,
-    )
+    preflight.libraries("sam2-lora", "train,pictures,peft", optional=("peft",))
     from lora_core.training.arguments import check_device
     from sam2_lora import model
 

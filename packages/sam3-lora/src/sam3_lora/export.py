@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from lora_core.base_file import SUFFIXES, WEIGHTS
-from lora_core.errors import CheckpointError, ConfigError, NumericError
+from lora_core.errors import ConfigError, NumericError
 from lora_core.merged_file import (
     check_written,
     exact,
     move,
     private_folder,
+    refuse_changed,
     refuse_existing,
     same_bits,
     write_tensors,
@@ -144,10 +145,7 @@ def _check_live(model: Sam3Model, base: OfficialFile) -> None:
     """Whether a network is whole, and its base file still what it was built from."""
     if not hasattr(model, "text_encoder"):
         raise ConfigError("the text encoder was dropped from this model: load it again to merge")
-    if base_fingerprint(base) != model.sam3_base.fingerprint:
-        raise CheckpointError(
-            f"{base.path} has changed since the model was built from it: put the old file back"
-        )
+    refuse_changed(base.path, base_fingerprint(base), model.sam3_base.fingerprint)
 
 
 def _rounded(base: OfficialFile) -> bool:

@@ -238,9 +238,7 @@ def glance(options: Any) -> None:
 
     paths = Paths(options.checkpoint, options.bpe_path)
     size = Dataset(resolution=options.resolution or Dataset.resolution)
-    preflight.check_all(
-        lambda: preflight.versions("sam3-lora", "lora-core[pictures]"), preflight.torchvision
-    )
+    preflight.libraries("sam3-lora", "pictures")
     model.glance(Config(paths=paths, dataset=size, adapter=options.adapter))
 
 

@@ -109,12 +109,7 @@ def ready(cfg: Config, *checks: Callable[[], object]) -> None:
     """
     from lora_core import preflight
 
-    preflight.check_all(
-        lambda: preflight.versions(
-            "sam3-lora", "lora-core[train,pictures,peft]", optional=("peft",)
-        ),
-        preflight.torchvision,
-    )
+    preflight.libraries("sam3-lora", "train,pictures,peft", optional=("peft",))
     from lora_core.training.arguments import check_device
     from sam3_lora import model
 
