@@ -7,7 +7,6 @@ the live adapted model.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ from lora_core.merged_file import (
     write_tensors,
 )
 from lora_core.merging import merged_state_dict
-from lora_core.tensor_file import atomic_write
+from lora_core.tensor_file import write_json
 from sam2_lora.model import (
     base_fingerprint,
     decode,
@@ -138,8 +137,7 @@ def _write(path: Path, merged: OfficialFile, base: OfficialFile) -> None:
     if path.suffix in SUFFIXES:
         write_official(path, merged.tensors)
         for config in _parts(path, base)[:-1]:
-            with atomic_write(config) as file:
-                file.write(json.dumps(base.variant.config, indent=2).encode())
+            write_json(config, base.variant.config)
         return
     write_tensors(path / WEIGHTS, to_transformers(merged.tensors))
     if base.format == "transformers":

@@ -7,7 +7,6 @@ For every picture it writes `<stem>_mask.png` (0 background, 1, 2, ... the insta
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import MISSING, dataclass
@@ -139,7 +138,7 @@ def main(argv: Sequence[str]) -> int:
     images = find_images(options.images)
     prompts = read_prompts(images, options.points, options.labels, options.boxes, options.prompts)
 
-    from lora_core.tensor_file import atomic_write
+    from lora_core.tensor_file import write_json
     from sam2_lora.predictor import Predictor
 
     size = parse_size(options.image_size) if options.image_size else None
@@ -154,8 +153,7 @@ def main(argv: Sequence[str]) -> int:
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     content = coco(predict_all(predictor, prompts, options))
-    with atomic_write(folder / "predictions.json") as file:
-        file.write(json.dumps(content).encode())
+    write_json(folder / "predictions.json", content, indent=None)
     say(f"{plural(len(images), 'picture')} -> {folder.absolute()}")
     if not content["annotations"]:
         say("nothing found: try a lower --min_score and --min_stability, or give points")

@@ -7,7 +7,6 @@ the same outputs as the live adapted model.
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from lora_core.merged_file import (
     write_tensors,
 )
 from lora_core.merging import merged_state_dict
-from lora_core.tensor_file import atomic_write
+from lora_core.tensor_file import write_json
 from sam3_lora import names, official
 from sam3_lora.model import base_fingerprint, from_file
 from sam3_lora.network import LAYER_NORM_EPS, forward
@@ -208,8 +207,7 @@ def _write(path: Path, merged: OfficialFile, base: OfficialFile) -> tuple[int, i
     else:
         write_tensors(path, tensors, wrapped=base.format == "pt")
         for config in _parts(path, base)[:-1]:
-            with atomic_write(config) as file:
-                file.write(json.dumps(base.settings, indent=2).encode())
+            write_json(config, base.settings)
     found = read_official(path)
     check_written(path, found.tensors, tensors)
     changed = _count_changed(found, _content(base, form))

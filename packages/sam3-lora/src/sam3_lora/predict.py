@@ -6,7 +6,6 @@ data set whose annotations are COCO results: box, mask, score, and the phrase.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -142,7 +141,7 @@ def main(argv: Sequence[str]) -> int:
     prompts = ready(options)
 
     from lora_core.report import say
-    from lora_core.tensor_file import atomic_write
+    from lora_core.tensor_file import write_json
     from sam3_lora.data import notes_on_length
     from sam3_lora.predictor import Predictor
 
@@ -162,8 +161,7 @@ def main(argv: Sequence[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     damaged: list[str] = []
     content = coco(predict_all(predictor, prompts, options, damaged), phrases)
-    with atomic_write(folder / RESULTS) as file:
-        file.write(json.dumps(content).encode())
+    write_json(folder / RESULTS, content, indent=None)
     done = len(content["images"])
     say(f"{done} picture{'s' * (done != 1)} -> {folder.absolute()}")
     if damaged:
