@@ -13,7 +13,7 @@ from lora_core.settings import option
 
 @dataclass
 class Ramp:
-    """What `lora_core.find_lr` needs besides a training's settings: `class Options(Ramp, Config)`."""
+    """What find-lr needs besides the settings of a training: `class Options(Ramp, Config)`."""
 
     ramp_from: float = option(1e-5, "Learning rate of the first update.", "ramp")
     ramp_to: float = option(1.0, "Learning rate of the last update.", "ramp")
