@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from lora_core.config import option
-from lora_core.errors import ConfigError
 from sam3_lora.config import Config, Dataset, Device, Paths, parse_size
 
 if TYPE_CHECKING:
@@ -47,12 +46,7 @@ class ModelOptions:
         Raises:
             ConfigError: no size that the network runs at.
         """
-        if self.resolution is None:
-            return None
-        try:
-            return parse_size(self.resolution)
-        except ConfigError as error:
-            raise ConfigError(str(error).replace("--dataset.", "--")) from None
+        return None if self.resolution is None else parse_size(self.resolution, "--resolution")
 
     def check_device(self) -> None:
         """Refuse a device or precision that this machine does not have.
