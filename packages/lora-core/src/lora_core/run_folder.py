@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lora_core import settings
 from lora_core.config import parse
 from lora_core.errors import CheckpointError, ConfigError
-from lora_core.validate import REPORT, Bad, write_report
+from lora_core.report import plural, say
+from lora_core.validate import REPORT, Bad, samples, write_report
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +71,11 @@ class RunFolder:
 
         if bad:
             first_rank_decides(lambda: write_report(self.folder / REPORT, bad), device)
+
+    def say_left_out(self, bad: Sequence[Bad]) -> None:
+        if bad:
+            number = plural(len(samples(bad)), "bad sample")
+            say(f"  left out: {number}, see {self.folder / REPORT}")
 
 
 R = TypeVar("R", bound=RunFolder)

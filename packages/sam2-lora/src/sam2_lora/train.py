@@ -14,7 +14,7 @@ from lora_core.config import parse
 from lora_core.errors import ConfigError
 from lora_core.errors import run as guarded
 from lora_core.guards import Guards
-from lora_core.report import RunLog, plural, say, table
+from lora_core.report import RunLog, say, table
 from lora_core.run_folder import read_settings, refuse_both, travelling
 from sam2_lora.artifacts import (
     PLACES,
@@ -281,7 +281,7 @@ def show(network: Sam2Model, val: EvalSet | None, log: RunLog, step: int) -> Non
 def conclude(trainer: LoraTrainer, artifacts: Artifacts, splits: Splits, cfg: Config) -> None:
     """Write the last files, score the best adapter on the test split, and say where all is."""
     from lora_core.training.out_of_memory import explained
-    from lora_core.validate import REPORT, samples
+    from lora_core.validate import samples
 
     run, step, best = artifacts.run, trainer.state.global_step, trainer.best
     artifacts.final(step, has_best=best is not None)
@@ -302,9 +302,7 @@ def conclude(trainer: LoraTrainer, artifacts: Artifacts, splits: Splits, cfg: Co
     for path in sorted(run.folder.glob("*.torch")):
         say(f"  {path.name}")
     say(f"  figures: {run.csv(cfg)}")
-    if splits.bad:
-        left_out = plural(len(samples(splits.bad)), "bad sample")
-        say(f"  left out: {left_out}, see {run.folder / REPORT}")
+    run.say_left_out(splits.bad)
 
 
 def score_test(artifacts: Artifacts, test: EvalSet) -> dict[str, dict[str, float]]:

@@ -235,7 +235,7 @@ def conclude(trainer: LoraTrainer, artifacts: Artifacts, splits: Splits, phrases
 
     from lora_core.training.checks import untouched
     from lora_core.training.out_of_memory import explained
-    from lora_core.validate import REPORT, samples
+    from lora_core.validate import samples
     from sam3_lora import validation
 
     run, step, best = artifacts.run, trainer.state.global_step, trainer.best
@@ -261,8 +261,7 @@ def conclude(trainer: LoraTrainer, artifacts: Artifacts, splits: Splits, phrases
         dropped_updates=trainer.dropped,
     )
     say(f"\nresults: {run.folder}\n  adapter for PEFT: {run.adapter}\n  figures: {run.csv}")
-    if splits.bad:
-        say(f"  left out: {len(samples(splits.bad))} bad samples, see {run.folder / REPORT}")
+    run.say_left_out(splits.bad)
 
 
 if __name__ == "__main__":
