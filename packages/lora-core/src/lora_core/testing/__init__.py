@@ -4,8 +4,9 @@
 The names here are loaded on first use: `environment` must be there before torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lora_core.first_use import loader
 
 _HOME = {
     "CONTRACT": "contract",
@@ -33,8 +34,4 @@ if TYPE_CHECKING:
     from lora_core.testing.readme import check_commands as check_commands
     from lora_core.testing.readme import readme_commands as readme_commands
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'lora_core.testing' has no attribute {name!r}")
-    return getattr(import_module(f"lora_core.testing.{_HOME[name]}"), name)
+__getattr__ = loader(__name__, _HOME)
