@@ -61,6 +61,7 @@ class RunFolder:
         return parse(config, ["--config", str(self.config)], prog="")
 
     def write_summary(self, content: Mapping[str, Any]) -> None:
+        """Write `training_summary.json`, whole or not at all."""
         from lora_core.tensor_file import write_json
 
         write_json(self.summary, content)
@@ -73,6 +74,7 @@ class RunFolder:
             first_rank_decides(lambda: write_report(self.folder / REPORT, bad), device)
 
     def say_left_out(self, bad: Sequence[Bad]) -> None:
+        """Tell how many samples were left out, and where they are listed."""
         if bad:
             number = plural(len(samples(bad)), "bad sample")
             say(f"  left out: {number}, see {self.folder / REPORT}")
