@@ -66,6 +66,14 @@ class RunFolder:
 
         write_json(self.summary, content)
 
+    def tidy(self) -> None:
+        """Delete files half written that a killed process has left."""
+        from lora_core.tensor_file import remove_partial
+
+        for folder in (self.folder, self.adapter):
+            if folder.is_dir():
+                remove_partial(folder)
+
     def list_bad_samples(self, bad: Sequence[Bad], device: torch.device) -> None:
         """Write what was left out, and why; one process does."""
         from lora_core.distributed import first_rank_decides

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -40,14 +41,14 @@ from lora_core.training.checks import (
     check_samples,
     check_trainable,
 )
-from lora_core.training.figures import Means, Setbacks
+from lora_core.training.figures import COLUMNS, Means, Setbacks, on_a_line
 from lora_core.training.flow import Finished, Flow
 from lora_core.training.loading import Watched
 from lora_core.training.loss import Loss, LossModule
 from lora_core.training.optimizer import create_optimizer, create_schedule
 from lora_core.training.out_of_memory import Advice
 from lora_core.training.schedule import EpochSampler
-from lora_core.training.shares import Shares
+from lora_core.training.shares import Counts, Shares
 from lora_core.training.signals import Signals, shield_worker
 
 __all__ = [
@@ -84,7 +85,8 @@ class LoraTrainer(Trainer):
         referenced: gives steps whose checkpoints must stay because other files refer to them.
         b_lr_ratio: learning rate of B over that of A (LoRA+).
         schedule: (update, updates) -> share of the peak learning rate, in place of the cosine.
-        count: `batch -> items` that the loss of a batch is the mean over; None: its samples.
+        count: `batch -> items` that the loss of a batch is the mean over; None: its samples; or
+            several numbers by name, see `lora_core.training.shares`.
         sharded: blocks whose frozen parameters are divided among the processes, see
             `lora_core.training.sharding`; after `train` they are whole.
         guards: what is done when something is wrong, and how many checkpoints are kept.
@@ -124,7 +126,7 @@ class LoraTrainer(Trainer):
         referenced: Callable[[], Collection[int]] = tuple,
         b_lr_ratio: float = 1.0,
         schedule: Callable[[int, int], float] | None = None,
-        count: Callable[[Any], float] | None = None,
+        count: Callable[[Any], Counts] | None = None,
         sharded: Sequence[nn.Module] = (),
         guards: Guards | None = None,
         settings: Mapping[str, Any] | None = None,
@@ -345,8 +347,10 @@ class LoraTrainer(Trainer):
         step = self.state.global_step
         figures = {"epoch": self.state.epoch, **means, "lr": lr, "grad_norm": grad_norm}
         self.write_row(step, "train", figures)
-        if self.progress:
-            self.progress.report(step, **{name: means[name] for name in ("loss", *means)}, lr=lr)
+        if progress := self.progress:
+            columns = shutil.get_terminal_size().columns - 1 if progress.live else COLUMNS
+            shown = on_a_line(means, {"lr": lr}, progress.total, min(columns, COLUMNS))
+            progress.report(step, **shown)
 
     def write_row(self, step: int, split: str, figures: dict[str, Any]) -> None:
         if self.run_log:

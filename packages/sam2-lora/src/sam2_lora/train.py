@@ -106,6 +106,7 @@ def fit(cfg: Config, run: Run | None, device: torch.device) -> int:
     check_space(memory.disk_use(network, cfg), cfg.output_dir, written)
     size = network.sam2_base.variant.rpartition("_hiera_")[2]
     run = run or first_rank_decides(lambda: new_run(cfg, size), device)
+    first_rank_decides(run.tidy, device)
     run.list_bad_samples(splits.bad, device)
 
     log = RunLog(run.folder / "tensorboard", run.csv(cfg), COLUMNS, cfg.tensorboard)

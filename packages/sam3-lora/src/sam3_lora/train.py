@@ -118,6 +118,7 @@ def fit(cfg: Config, run: Run | None, device: torch.device) -> int:
     from lora_core.distributed import first_rank_decides
     from lora_core.trainer import LoraTrainer
     from sam3_lora import data, memory, model, network, validation
+    from sam3_lora.normalisers import counted
     from sam3_lora.predictor import Predictor
     from sam3_lora.scoring import EncodedPhrases
 
@@ -139,6 +140,7 @@ def fit(cfg: Config, run: Run | None, device: torch.device) -> int:
     use = memory.disk_use(net, cfg, updates, splits.val is not None)
     check_space(use, cfg.checkpoint.save_dir, folder_bytes(run.folder) if run else 0)
     run = run or first_rank_decides(lambda: new_run(cfg, f"{splits}\n\n{summary(net)}"), device)
+    first_rank_decides(run.tidy, device)
     run.list_bad_samples(splits.bad, device)
 
     predictor = Predictor(net, words, number_format, fixed)
@@ -162,6 +164,7 @@ def fit(cfg: Config, run: Run | None, device: torch.device) -> int:
             save_adapter=lambda path: model.save_adapter(net, path),
             referenced=artifacts.steps,
             schedule=schedule(cfg),
+            count=partial(counted, masks=cfg.training.enable_segmentation),
             sharded=network.divisible(net) if cfg.shard_base else (),
             guards=cfg,
             settings=travelling(cfg, PATHS),

@@ -175,12 +175,50 @@ def restore(trainer: LoraTrainer, path: str, state: dict[str, Any], with_log: bo
     trainer.evaluation_due = bool(state.get("evaluation_due"))
     trainer.start_clock(state["seconds"])
     trainer.means.load(_window(trainer, state["ranks"]))
+    back = any(step > state["step"] for step in checkpoint.steps(str(trainer.args.output_dir)))
     if with_log:
         if trainer.args.process_index == 0:
             checkpoint.set_aside(str(trainer.args.output_dir), state["step"])
         if trainer.run_log:
             trainer.run_log.rewind(state["step"])
         say(f"continuing at step {state['step']} from {path}")
+
+    def again() -> None:
+        if with_log or state["step"] not in trainer.referenced():  # a finished run stays as it is
+            write_again(trainer, state, with_log and back)
+
+    first_rank_decides(again, trainer.args.device)
+
+
+def write_again(trainer: LoraTrainer, state: dict[str, Any], back: bool) -> None:
+    """Write the files beside the checkpoint that a run goes on from; mostly they are there.
+
+    A kill may have come between the checkpoint and them.
+
+    Args:
+        back: there are later checkpoints, so that the files of the best may be of one of these.
+    """
+    best, step = trainer.best, state["step"]
+    with untouched(trainer.network):
+        if best and trainer.on_best and best["step"] == step:
+            trainer.on_best(step, best["metrics"])
+        elif best and trainer.on_best and back:
+            _best_again(trainer, best, state)
+        if trainer.on_latest:
+            trainer.on_latest(step)
+
+
+def _best_again(trainer: LoraTrainer, best: dict[str, Any], state: dict[str, Any]) -> None:
+    try:
+        then = checkpoint.load(checkpoint.folder(str(trainer.args.output_dir), best["step"]))
+    except CheckpointError as error:
+        say(f"warning: the files of the best step so far stay as they are: {error}")
+        return
+    checkpoint.load_tensors(trainer.network, then["tensors"])
+    try:
+        trainer.on_best(best["step"], best["metrics"])  # type: ignore[misc]
+    finally:
+        checkpoint.load_tensors(trainer.network, state["tensors"])
 
 
 def restore_optimizer(trainer: LoraTrainer, state: dict[str, Any]) -> None:
