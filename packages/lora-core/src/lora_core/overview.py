@@ -98,6 +98,26 @@ def _facts(same: Mapping[str, object]) -> str:
     return f" ({', '.join(words)})" if words else ""
 
 
+def require_linears(
+    summary: Summary, shapes: Sequence[tuple[int, int]], rank: int, what: str
+) -> None:
+    """Require adapters of one rank on Linears of these (in, out), r * (in + out) parameters each.
+
+    Args:
+        what: the setting that asked for them, for the message.
+
+    Raises:
+        RuntimeError: others were adapted, as after a change of names in the model's library;
+            training would be worth nothing.
+    """
+    wanted = (len(shapes), rank * sum(map(sum, shapes)))
+    if (len(summary.rows), summary.trainable) != wanted:
+        raise RuntimeError(
+            f"{what} adapted {len(summary.rows)} layers with {summary.trainable} trainable "
+            f"parameters instead of {wanted[0]} with {wanted[1]}"
+        )
+
+
 def summarise(
     model: nn.Module,
     layers: Mapping[str, LoraLayer],
