@@ -9,7 +9,7 @@ validation pictures; what is told are the figures of the last step at that rate 
 pictures, which play no part in any choice. `full_finetuning` has what differs between packages.
 
 With `--runs` every finished run is kept in that file, and a later call with the same settings does
-not repeat it.
+not repeat it: processes with some of the rates each may share the work.
 """
 
 from __future__ import annotations

@@ -1,7 +1,10 @@
 """sam3-lora's part of the comparison with full fine-tuning: the demo's generated pictures.
 
-Beside what is to be gained it measures what may be lost: how often phrases are found that are not
-there, and how well the network still does on pictures like those that its base was made with.
+Test pictures are others than the demo's, which were seen while its settings were chosen. Beside
+what is to be gained it measures what may be lost: how often phrases are found that are not there,
+and how well the network still does on pictures like those that its base was made with.
+
+`--text_encoder frozen` adapts what `sam3-lora train` adapts by default.
 """
 
 from __future__ import annotations
@@ -17,22 +20,28 @@ import torch
 
 from sam3_lora.config import Config, Dataset, Lora, Paths, Training
 
-SPLITS = {"train": 240, "valid": 100, "test": 200}  # pictures
+SPLITS = {"train": 240, "valid": 100}  # pictures
+TEST_SEED, TEST_PICTURES = 5, 200
 RESOLUTION = 112  # pixels
 OLD_PICTURES = 200  # of the base's own kind
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of this package, and its defaults of the others."""
+    parser.add_argument("--text_encoder", choices=["adapted", "frozen"], default="adapted")
     parser.set_defaults(rates=[1e-4, 3e-4, 1e-3], steps=240, batch_size=8)
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> Comparison:
     """Write the pictures and the base."""
     from sam3_lora import demo
+    from sam3_lora.demo_base import scenes
 
     torch.set_num_threads(1)
-    return Comparison(args, demo.write(folder, SPLITS))
+    demo.write(folder, SPLITS)
+    test = (scenes.scene((TEST_SEED, number, 0), scenes.SHIFTED) for number in range(TEST_PICTURES))
+    demo.write_pictures(folder / "test", test, demo.PHRASES)
+    return Comparison(args, folder)
 
 
 @dataclass
@@ -94,7 +103,11 @@ class Comparison:
         """The configuration of one run; both methods get the same."""
         data = {split: self.folder / split for split in ("train", "valid")}
         return Config(
-            lora=Lora(rank=self.args.rank, alpha=2 * self.args.rank),
+            lora=Lora(
+                rank=self.args.rank,
+                alpha=2 * self.args.rank,
+                apply_to_text_encoder=self.args.text_encoder == "adapted",
+            ),
             dataset=Dataset(
                 train_img_folder=str(data["train"]),
                 train_ann_file=str(data["train"] / "_annotations.coco.json"),
