@@ -17,7 +17,8 @@ nox.options.sessions = ["lint", "tests", "build"]
 ROOT = Path(__file__).parent
 CONSTRAINTS = str(ROOT / "constraints.txt")
 PACKAGES = sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.toml"))
-DEMOS = ("sam2-lora",)  # packages with a base and data of their own
+# Packages with a base and data of their own, and what makes their demo a short one.
+DEMOS = {"sam2-lora": ("--steps", "2"), "sam3-lora": ("--epochs", "1")}
 OLDEST = ("torch==2.9.*", "transformers==5.15.0", "accelerate==1.10.0", "peft==0.19.0")
 
 
@@ -33,6 +34,12 @@ def test_requirements(*packages: str) -> list[str]:
         project = nox.project.load_toml(ROOT / "packages" / package / "pyproject.toml")
         needs.update(nox.project.dependency_groups(project, "test"))
     return sorted(needs)
+
+
+def demo_extra(package: str) -> str:
+    """What to install a package with for its demo: `[demo]`, if it has that."""
+    project = nox.project.load_toml(ROOT / "packages" / package / "pyproject.toml")["project"]
+    return "[demo]" if "demo" in project.get("optional-dependencies", {}) else ""
 
 
 def editable() -> list[str]:
@@ -83,17 +90,16 @@ def build(session: nox.Session) -> None:
     session.run("python", "-m", "venv", f"{clean}/venv")
     binaries = Path(clean) / "venv" / ("Scripts" if os.name == "nt" else "bin")
     python = str(binaries / "python")
-    extras = [f"{wheel}[demo]" if "sam2" in wheel.name else str(wheel) for wheel in wheels]
-    session.run(python, "-m", "pip", "install", "-q", "-c", CONSTRAINTS, *extras, external=True)
+    named = {wheel.name.split("-")[0].replace("_", "-"): wheel for wheel in wheels}
+    what = [f"{wheel}{demo_extra(package)}" for package, wheel in named.items()]
+    session.run(python, "-m", "pip", "install", "-q", "-c", CONSTRAINTS, *what, external=True)
     for package in PACKAGES:
         command = binaries / package
         if command.exists():
             session.run(str(command), "--help", external=True, silent=True)
         if package in DEMOS:
-            session.run(
-                str(command), "demo", "--steps", "2", "--output", f"{clean}/demo", "--overwrite",
-                external=True, silent=True,
-            )  # fmt: skip
+            words = [*DEMOS[package], "--output", f"{clean}/{package}", "--overwrite"]
+            session.run(str(command), "demo", *words, external=True, silent=True)
 
 
 def refuse_local_requirements(session: nox.Session, wheel: Path) -> None:
@@ -114,12 +120,13 @@ def alone(session: nox.Session, package: str) -> None:
 
 @nox.session
 def train(session: nox.Session) -> None:
-    """The main job on real pictures: base -> LoRA -> merged (`-- sam2-lora` names the package)."""
-    package = session.posargs[0] if session.posargs else "sam2-lora"
-    if package not in DEMOS:
-        session.error(f"{package!r} has no demo; there are {', '.join(DEMOS)}")
-    install(session, f"./packages/{package}[demo]")
-    session.run(package, "demo", "--output", "demo_run", "--overwrite", *session.posargs[1:])
+    """The main job: base -> LoRA -> merged (`-- sam3-lora` names the package; default: all)."""
+    packages, words = session.posargs[:1] or list(DEMOS), session.posargs[1:]
+    for package in packages:
+        if package not in DEMOS:
+            session.error(f"{package!r} has no demo; there are {', '.join(DEMOS)}")
+        install(session, f"./packages/{package}{demo_extra(package)}")
+        session.run(package, "demo", "--output", f"demo_run/{package}", "--overwrite", *words)
 
 
 @nox.session
@@ -129,6 +136,7 @@ def bench(session: nox.Session) -> None:
     threads = {"OMP_NUM_THREADS": "1"}
     session.run("python", "tools/bench/linear.py", env=threads)
     session.run("python", "tools/bench/sam2_step.py", "--image_size", "512", env=threads)
+    session.run("python", "tools/bench/sam3_step.py", env=threads)
     session.run("python", "tools/bench/guards.py", env=threads)
 
 

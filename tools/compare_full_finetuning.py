@@ -1,60 +1,81 @@
 """LoRA's share of the gain that full fine-tuning reaches, on a package's embedded default.
 
 python tools/compare_full_finetuning.py sam2 --output table.md
-python tools/compare_full_finetuning.py sam2 --data photos
+python tools/compare_full_finetuning.py sam3 --runs runs.jsonl
 
 Both methods train equally long on the same pictures in the same order, at each of the same
-learning rates and from the same seeds. A method's rate is the one with the best mean IoU on the
-validation pictures; the figures are those of the last step at that rate on the test pictures,
-which play no part in any choice.
+learning rates and from the same seeds. A method's rate is the one with the best figure on the
+validation pictures; what is told are the figures of the last step at that rate on the test
+pictures, which play no part in any choice. `full_finetuning` has what differs between packages.
 
-`--data parts`: the four photographs with many objects; their left half trains, the upper right
-quarter chooses the rate, the lower right one is the test. No object is in two splits, and all three
-are of one kind, as a user's own splits are. `--data photos`: the demo's data set, where each split
-has photographs of its own: a rate that is chosen on some need not be good on others.
+With `--runs` every finished run is kept in that file, and a later call with the same settings does
+not repeat it.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import json
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
-from sam2_lora.config import Config
-
+PACKAGES = ("sam2", "sam3")
 METHODS = ("LoRA", "full")
-SPLITS = ("val", "test")
-# Side of a cut-out in pixels, for `--data parts`.
-CUTOUTS = {"gravel.png": 160, "brick.png": 220, "coins.png": 150, "hubble_deep_field.jpg": 150}
-# Left, top, right, bottom of a split's part, as shares of the photograph.
-PARTS = {"train": (0, 0, 0.5, 1), "val": (0.5, 0, 1, 0.5), "test": (0.5, 0.5, 1, 1)}
 ENOUGH = 5.0  # the full gain must be so many of its standard deviations over the seeds
+Figures = dict[str, float]
+
+
+class Comparison(Protocol):
+    """What a package compares.
+
+    Attributes:
+        chooses: the figure, of validation data, that chooses a method's learning rate.
+        compared: the figures, of test data, of whose gain LoRA's share is told.
+        about: a sentence on what the figures are.
+    """
+
+    chooses: str
+    compared: tuple[str, ...]
+    about: str
+
+    def base(self) -> Figures:
+        """Figures of the base, by caption, in the order of the table's columns."""
+
+    def train(self, method: str, rate: float, seed: int) -> tuple[float, Figures]:
+        """Train adapters ("LoRA") or every parameter ("full").
+
+        Returns:
+            The share of the parameters that were trained, 0..1, and the figures of the last step.
+        """
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: what was trained how, and mean IoU per object (0..1) from one click."""
+    """One training: what was trained how, and what came of it."""
 
     method: str
     rate: float
     seed: int
     share_trained: float  # of the parameters, 0..1
-    val: float
-    test: float
-    test_box: float  # IoU from a box
+    figures: Figures
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train everything, print the table; 1 if the full gain is too small to compare with."""
+    """Train everything, print the table; 1 if a full gain is too small to compare with."""
     args = arguments(argv)
     with tempfile.TemporaryDirectory() as folder:
-        base, runs = train_all(args, Path(folder))
-    text, valid = report(base, runs, args)
+        comparison = prepare(args, Path(folder))
+        base = comparison.base()
+        print("base", base, flush=True)
+        runs = train_all(comparison, args)
+    text, valid = report(comparison, base, runs, args)
     print(f"\n{text}")
     if args.output:
         args.output.write_text(text + "\n", encoding="utf-8")
@@ -63,160 +84,82 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("package", choices=["sam2"])
-    parser.add_argument("--data", choices=["parts", "photos"], default="parts")
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
-    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--output", type=Path, help="write the table here as well")
+    packages = parser.add_subparsers(dest="package", required=True)
+    for name in PACKAGES:
+        package = packages.add_parser(name)
+        package.add_argument("--rates", type=float, nargs="+", help="learning rates")
+        package.add_argument("--seeds", type=int, default=3, help="how many, from 0")
+        package.add_argument("--steps", type=int)
+        package.add_argument("--batch_size", type=int)
+        package.add_argument("--rank", type=int, default=8)
+        package.add_argument("--output", type=Path, help="write the table here as well")
+        package.add_argument("--runs", type=Path, help="keep finished runs here (JSON lines)")
+        importlib.import_module(f"full_finetuning.{name}").add_arguments(package)
     args = parser.parse_args(argv)
     if args.seeds < 2:
         parser.error(f"--seeds {args.seeds}: a deviation needs at least 2")
     return args
 
 
+def prepare(args: argparse.Namespace, folder: Path) -> Comparison:
+    """Write the data of a package into a folder, and get ready to train on them."""
+    module = importlib.import_module(f"full_finetuning.{args.package}")
+    comparison: Comparison = module.prepare(args, folder)
+    return comparison
+
+
 # -- training ----------------------------------------------------------------------------------
 
 
-def train_all(args: argparse.Namespace, folder: Path) -> tuple[dict[str, float], list[Run]]:
-    """Figures of the base {"val", "test", "test_box"}, and all runs, the LoRA ones first."""
-    from sam2_lora import data, demo, metrics, model
-
-    demo.write(folder)
-    if args.data == "parts":
-        write_parts(folder / "parts")
-    cfg = settings(args, folder, rate=args.rates[0], seed=0)
-    splits = data.load(cfg)
-    network = model.build(cfg)
-    scores = {name: metrics.evaluate(network, getattr(splits, name), cfg) for name in SPLITS}
-    base = figures(scores)
-    print("base", base, flush=True)
+def train_all(comparison: Comparison, args: argparse.Namespace) -> list[Run]:
+    """All runs, the LoRA ones first."""
+    done = finished(args)
     runs = []
     for method in METHODS:
         for rate in args.rates:
             for seed in range(args.seeds):
-                began = time.monotonic()
-                runs.append(train(method, settings(args, folder, rate, seed), folder))
-                print(f"{runs[-1]} {time.monotonic() - began:.0f} s", flush=True)
-    return base, runs
+                run = done.get((method, rate, seed))
+                if run is None:
+                    began = time.monotonic()
+                    run = Run(method, rate, seed, *comparison.train(method, rate, seed))
+                    print(f"{run} {time.monotonic() - began:.0f} s", flush=True)
+                    keep(run, args)
+                runs.append(run)
+    return runs
 
 
-def write_parts(folder: Path) -> None:
-    """Write cut-outs of parts of photographs as COCO, each with the objects wholly inside it."""
-    import json
-
-    from sam2_lora import demo
-
-    index = demo.photo_index()
-    for split, share in PARTS.items():
-        (folder / split).mkdir(parents=True)
-        pictures = []
-        for name, side in CUTOUTS.items():
-            photo, masks = demo.photo(name, index[name]["size"]), demo.masks(index[name])
-            for number, (left, top) in enumerate(windows(photo.size, share, side)):
-                area = (slice(top, top + side), slice(left, left + side))
-                objects = [
-                    (label, mask[area]) for label, mask in masks if mask[area].sum() == mask.sum()
-                ]
-                if objects:
-                    file = f"{Path(name).stem}_{number}.png"
-                    photo.crop((left, top, left + side, top + side)).save(folder / split / file)
-                    pictures.append((file, objects))
-        text = json.dumps(demo.coco(pictures))
-        (folder / split / "_annotations.coco.json").write_text(text, encoding="utf-8")
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What decides a run's figures beside its method, rate and seed."""
+    aside = ("rates", "seeds", "output", "runs")
+    return {name: value for name, value in vars(args).items() if name not in aside}
 
 
-def windows(
-    size: tuple[int, int], share: tuple[float, float, float, float], side: int
-) -> list[tuple[int, int]]:
-    """Left and top of squares of `side` pixels that cover a part, about half a side apart."""
-    starts = []
-    for extent, begin, end in zip(size, share[:2], share[2:], strict=True):
-        first, last = round(begin * extent), round(end * extent) - side
-        steps = max(1, -(-2 * (last - first) // side))
-        starts.append(sorted({first + (last - first) * k // steps for k in range(steps + 1)}))
-    return [(left, top) for left in starts[0] for top in starts[1]]
+def finished(args: argparse.Namespace) -> dict[tuple[str, float, int], Run]:
+    """The runs of `--runs` with these settings."""
+    if args.runs is None or not args.runs.exists():
+        return {}
+    lines = [json.loads(line) for line in args.runs.read_text(encoding="utf-8").splitlines()]
+    runs = [Run(**line["run"]) for line in lines if line["settings"] == settings_of(args)]
+    return {(run.method, run.rate, run.seed): run for run in runs}
 
 
-def figures(scores: dict[str, dict[str, float]]) -> dict[str, float]:
-    """What is compared, out of the metrics of both splits."""
-    return {
-        "val": scores["val"]["iou"],
-        "test": scores["test"]["iou"],
-        "test_box": scores["test"]["box_iou"],
-    }
-
-
-def settings(args: argparse.Namespace, folder: Path, rate: float, seed: int) -> Config:
-    """The configuration of one run; both methods get the same."""
-    return Config(
-        data_root=str(folder / args.data),
-        checkpoint=str(folder / "sam2_demo.safetensors"),
-        image_size="128",
-        learning_rate=rate,
-        steps=args.steps,
-        batch_size=args.batch_size,
-        lora_rank=args.rank,
-        lora_alpha=2 * args.rank,
-        warmup_steps=args.steps // 20,
-        seed=seed,
-        num_workers=0,
-        precision="fp32",
-    )
-
-
-def train(method: str, cfg: Config, folder: Path) -> Run:
-    """Train adapters ("LoRA") or every parameter ("full") for `cfg.steps`, and score the result."""
-    from lora_core.trainer import LoraTrainer, choose_device, training_arguments
-    from sam2_lora import data, losses, metrics, model, placement
-
-    device = choose_device(cfg.device)
-    splits, network = data.load(cfg), model.build(cfg)
-    total = sum(p.numel() for p in network.parameters())
-    if method == "LoRA":
-        placement.adapt(network, cfg)
-    else:
-        network.requires_grad_(True)
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    network.to(device)
-    trainer = LoraTrainer(
-        network,
-        training_arguments(
-            folder / f"{method}-{cfg.learning_rate:g}-{cfg.seed}",
-            learning_rate=cfg.learning_rate,
-            weight_decay=cfg.weight_decay,
-            steps=cfg.steps,
-            batch_size=cfg.batch_size,
-            warmup_steps=cfg.warmup_steps,
-            max_grad_norm=cfg.max_grad_norm,
-            log_steps=cfg.steps,
-            seed=cfg.seed,
-            precision=cfg.precision,
-            device=device,
-            trainer={"save_steps": 10**12},
-        ),
-        splits.train,
-        data.collate,
-        lambda net, batch: losses.loss(net, batch, cfg),
-        save_adapter=Path.mkdir,  # nothing is read back
-    )
-    trainer.train()
-    scores = {name: metrics.evaluate(network, getattr(splits, name), cfg) for name in SPLITS}
-    return Run(method, cfg.learning_rate, cfg.seed, trained / total, **figures(scores))
+def keep(run: Run, args: argparse.Namespace) -> None:
+    """Add a run to `--runs`."""
+    if args.runs is not None:
+        with args.runs.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"settings": settings_of(args), "run": asdict(run)}) + "\n")
 
 
 # -- comparing ---------------------------------------------------------------------------------
 
 
-def chosen(runs: Sequence[Run], method: str) -> list[Run]:
-    """The runs of a method at its best rate on the validation photographs, by seed."""
+def chosen(runs: Sequence[Run], method: str, by: str) -> list[Run]:
+    """The runs of a method at its best rate by a figure of the validation pictures, by seed."""
     by_rate: dict[float, list[Run]] = {}
     for run in runs:
         if run.method == method:
             by_rate.setdefault(run.rate, []).append(run)
-    best = max(by_rate.values(), key=lambda group: statistics.fmean(run.val for run in group))
+    best = max(by_rate.values(), key=lambda group: statistics.fmean(r.figures[by] for r in group))
     return sorted(best, key=lambda run: run.seed)
 
 
@@ -226,39 +169,47 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def report(
-    base: dict[str, float], runs: Sequence[Run], args: argparse.Namespace
+    comparison: Comparison, base: Figures, runs: Sequence[Run], args: argparse.Namespace
 ) -> tuple[str, bool]:
-    """The markdown table with its conclusion, and whether the conclusion may be drawn."""
-    lora, full = (chosen(runs, method) for method in METHODS)
+    """The markdown table with its conclusions, and whether all of them may be drawn."""
+    groups = [chosen(runs, method, comparison.chooses) for method in METHODS]
     lines = [
-        "| method | trained parameters | learning rate | val, click | test, click | test, box |",
-        "|---|---|---|---|---|---|",
-        f"| base | 0 % | | {base['val']:.3f} | {base['test']:.3f} | {base['test_box']:.3f} |",
-    ]
-    for group in (lora, full):
-        cells = [
-            "{:.3f} ± {:.3f}".format(*spread([getattr(run, name) for run in group]))
-            for name in ("val", "test", "test_box")
-        ]
-        share = f"{100 * group[0].share_trained:.1f} %"
-        lines.append(f"| {group[0].method} | {share} | {group[0].rate:g} | {' | '.join(cells)} |")
-    gains = [[run.test - base["test"] for run in group] for group in (lora, full)]
-    gain, deviation = spread(gains[1])
-    valid = gain >= ENOUGH * deviation
-    lines += [
+        f"| method | trained parameters | learning rate | {' | '.join(base)} |",
+        "|---" * (3 + len(base)) + "|",
+        f"| base | 0 % | | {' | '.join(f'{value:.3f}' for value in base.values())} |",
+        *(row(group, base) for group in groups),
         "",
         f"{args.steps} steps of {args.batch_size} pictures, {args.seeds} seeds, learning rates "
-        f"{', '.join(f'{rate:g}' for rate in args.rates)}; mean IoU per object, ± standard "
+        f"{', '.join(f'{rate:g}' for rate in args.rates)}; {comparison.about}, ± standard "
         "deviation over the seeds.",
-        f"Full fine-tuning gains {gain:.3f} ± {deviation:.3f} from a click; the gain must be "
-        f"{ENOUGH:g} deviations or more.",
     ]
-    if not valid:
-        return "\n".join([*lines, "That is too little to compare with."]), False
-    # Seed by seed: both methods saw the same pictures and prompts in the same order.
+    said = [share(name, base, *groups) for name in comparison.compared]
+    return "\n".join([*lines, *(text for text, _ in said)]), all(valid for _, valid in said)
+
+
+def row(group: Sequence[Run], base: Figures) -> str:
+    """A method's line of the table."""
+    cells = [
+        "{:.3f} ± {:.3f}".format(*spread([run.figures[name] for run in group])) for name in base
+    ]
+    first = group[0]
+    trained = f"{100 * first.share_trained:.1f} %"
+    return f"| {first.method} | {trained} | {first.rate:g} | {' | '.join(cells)} |"
+
+
+def share(name: str, base: Figures, lora: Sequence[Run], full: Sequence[Run]) -> tuple[str, bool]:
+    """What is concluded from a figure, and whether the full gain is large enough for that."""
+    gains = [[run.figures[name] - base[name] for run in group] for group in (lora, full)]
+    gain, deviation = spread(gains[1])
+    text = (
+        f"{name}: full fine-tuning gains {gain:.3f} ± {deviation:.3f}; the comparison asks for "
+        f"{ENOUGH:g} deviations or more"
+    )
+    if gain < ENOUGH * deviation:
+        return f"{text}. That is too little to compare with.", False
+    # Seed by seed: both methods saw the same pictures in the same order.
     mean, sd = spread([100 * a / b for a, b in zip(*gains, strict=True)])
-    lines.append(f"LoRA reaches {mean:.0f} ± {sd:.0f} % of that gain.")
-    return "\n".join(lines), True
+    return f"{text}. LoRA reaches {mean:.0f} ± {sd:.0f} % of that gain.", True
 
 
 if __name__ == "__main__":

@@ -76,8 +76,8 @@ MASKS = replace(EARLY, masks=True, mask=50.0, dice=5.0, semantic=10.0, semantic_
 STAGES = (
     Stage("see", 4000, 2e-3, 4e-4, 32, 0, None, EARLY),
     Stage("find", 6000, 1e-3, 1e-4, 16, 6, scenes.FULL, EARLY, 4.0),
-    Stage("draw", 4000, 4e-4, 5e-5, 8, 5, scenes.FULL, MASKS, 1.0),
-    Stage("official", 1500, 5e-5, 5e-6, 8, 5, scenes.FULL, LossSettings(), 0.0),
+    Stage("draw", 2000, 4e-4, 5e-5, 8, 5, scenes.FULL, MASKS, 1.0),
+    Stage("official", 500, 5e-5, 5e-6, 8, 5, scenes.FULL, LossSettings(), 0.0),
 )
 WARMUP = 100  # steps of each stage
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+TOOLS = Path(__file__).parent
 SPEC = importlib.util.spec_from_file_location(
-    "compare_full_finetuning", Path(__file__).parent / "compare_full_finetuning.py"
+    "compare_full_finetuning", TOOLS / "compare_full_finetuning.py"
 )
 assert SPEC is not None
 assert SPEC.loader is not None
@@ -17,13 +19,20 @@ compare = importlib.util.module_from_spec(SPEC)
 sys.modules[SPEC.name] = compare  # dataclasses look their module up
 SPEC.loader.exec_module(compare)
 
-BASE = {"val": 0.4, "test": 0.5, "test_box": 0.6}
+BASE = {"val": 0.4, "test": 0.5, "test box": 0.6}
+WHAT = SimpleNamespace(chooses="val", compared=("test",), about="IoU")
+
+
+@pytest.fixture(autouse=True)
+def packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`full_finetuning` and `sam3_base` lie beside the program."""
+    monkeypatch.syspath_prepend(str(TOOLS))
 
 
 def runs(method: str, rate: float, val: list[float], test: list[float]) -> list:
     share = {"LoRA": 0.05, "full": 1.0}[method]
     return [
-        compare.Run(method, rate, seed, share, *scores, 0.7)
+        compare.Run(method, rate, seed, share, dict(zip(BASE, (*scores, 0.7), strict=True)))
         for seed, scores in enumerate(zip(val, test, strict=True))
     ]
 
@@ -34,8 +43,8 @@ def test_the_rate_is_chosen_on_validation_and_never_on_test() -> None:
         *runs("LoRA", 1e-2, [0.49, 0.52], [0.90, 0.92]),
         *runs("full", 1e-2, [0.99, 0.99], [0.10, 0.10]),
     ]
-    assert {run.rate for run in compare.chosen(everything, "LoRA")} == {1e-3}
-    assert {run.rate for run in compare.chosen(everything, "full")} == {1e-2}
+    assert {run.rate for run in compare.chosen(everything, "LoRA", "val")} == {1e-3}
+    assert {run.rate for run in compare.chosen(everything, "full", "val")} == {1e-2}
 
 
 def test_the_share_is_taken_seed_by_seed() -> None:
@@ -43,7 +52,7 @@ def test_the_share_is_taken_seed_by_seed() -> None:
         *runs("LoRA", 1e-3, [0.5, 0.5, 0.5], [0.68, 0.70, 0.72]),  # gains 0.18 0.20 0.22
         *runs("full", 1e-3, [0.5, 0.5, 0.5], [0.70, 0.70, 0.72]),  # gains 0.20 0.20 0.22
     ]
-    text, valid = compare.report(BASE, everything, compare.arguments(["sam2"]))
+    text, valid = compare.report(WHAT, BASE, everything, compare.arguments(["sam2"]))
     assert valid
     assert "LoRA reaches 97 ± 6 % of that gain." in text  # 90, 100, 100 %
     assert "| LoRA | 5.0 % | 0.001 | 0.500 ± 0.000 | 0.700 ± 0.020 |" in text
@@ -55,7 +64,7 @@ def test_nothing_is_concluded_from_a_small_full_gain() -> None:
         *runs("LoRA", 1e-3, [0.5, 0.5], [0.60, 0.61]),
         *runs("full", 1e-3, [0.5, 0.5], [0.55, 0.65]),  # 0.10 ± 0.07
     ]
-    text, valid = compare.report(BASE, everything, compare.arguments(["sam2"]))
+    text, valid = compare.report(WHAT, BASE, everything, compare.arguments(["sam2"]))
     assert not valid
     assert "LoRA reaches" not in text
 
@@ -67,16 +76,17 @@ def test_one_seed_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-def test_both_methods_train_from_the_same_start(tmp_path: Path) -> None:
-    args = compare.arguments(["sam2", "--steps", "2", "--seeds", "2", "--rates", "1e-3"])
-    base, done = compare.train_all(args, tmp_path)
-    assert [(run.method, run.seed) for run in done] == [
-        ("LoRA", 0),
-        ("LoRA", 1),
-        ("full", 0),
-        ("full", 1),
-    ]
+@pytest.mark.parametrize("package", ["sam2", "sam3"])
+def test_both_methods_train_from_the_same_start(package: str, tmp_path: Path) -> None:
+    words = ["--steps", "2", "--seeds", "2", "--rates", "1e-3", "--runs", str(tmp_path / "runs")]
+    args = compare.arguments([package, *words])
+    comparison = compare.prepare(args, tmp_path / "data")
+    base, done = comparison.base(), compare.train_all(comparison, args)
+    places = [(run.method, run.seed) for run in done]
+    assert places == [("LoRA", 0), ("LoRA", 1), ("full", 0), ("full", 1)]
     assert 0 < done[0].share_trained < 0.1
     assert done[2].share_trained == 1
-    assert all(abs(run.test - base["test"]) < 0.2 for run in done)
-    assert len({run.test for run in done}) == 4
+    for name in comparison.compared:
+        assert all(abs(run.figures[name] - base[name]) < 0.2 for run in done)
+    assert len({run.figures[comparison.chooses] for run in done}) == 4
+    assert compare.train_all(None, args) == done  # nothing is trained twice

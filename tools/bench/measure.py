@@ -1,10 +1,11 @@
-"""What both benchmarks measure: time, bytes kept for the backward pass, and tables of them.
+"""What the benchmarks measure: time, bytes kept for the backward pass, and tables of them.
 
 torch is imported only where it is needed: `sam2_step.py` starts its processes from a small one.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,27 @@ def with_saved_bytes(run: Callable[[], Any], parameters: Iterable[Tensor]) -> tu
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = run()
     return sum(sizes.values()), result
+
+
+def peak_bytes(run: Callable[[], Any], device: str) -> int:
+    """The most bytes that tensors made by `run` have at one time, beyond those there before it.
+
+    On the CPU from the allocator's own events: exact, and free of what the process keeps of freed
+    arrays.
+    """
+    import torch
+
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max(itertools.accumulate(changes), default=0)
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

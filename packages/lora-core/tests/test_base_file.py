@@ -1,13 +1,16 @@
 """Base models as files: names that mean a file or a hub id, what is read, what is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from lora_core import base_file
+from lora_core import LoraConfig, base_file, inject, save_adapter, summary
+from lora_core.adapters import on_base
 from lora_core.errors import CheckpointError
+from lora_core.overview import require_linears
 
 # -- finding ---------------------------------------------------------------------------------------
 
@@ -156,3 +159,54 @@ def test_an_adapter_belongs_to_its_base():
 )
 def test_the_size_of_the_training_is_two_whole_numbers(value, size):
     assert base_file.recorded_size({"image_size": value}) == size
+
+
+# -- an adapter on its base ------------------------------------------------------------------------
+
+
+def network():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(4, 4))
+
+
+@pytest.fixture
+def adapted(tmp_path):
+    """A base, a network with an adapter, and its file."""
+    base = base_file.Base(tmp_path / "base.pt", "base.pt", "pt", "small", "1" * 8)
+    model = network()
+    inject(model, LoraConfig(["0"], r=2, lora_alpha=6))
+    facts = on_base.metadata(base, (64, 96))
+    return base, model, save_adapter(model, tmp_path / "a.pt", metadata=facts)
+
+
+def test_an_adapter_goes_onto_its_own_base_alone(adapted):
+    base, _, path = adapted
+    fresh = network()
+    assert base_file.recorded_size(on_base.load(fresh, path, base, 16.0)) == (64, 96)
+    assert summary(fresh).rows[0].alpha == 6
+    with pytest.raises(CheckpointError, match=r"trained on base\.pt \(small\), whose weights"):
+        on_base.load(fresh, path, replace(base, fingerprint="2" * 8), 16.0)
+
+
+def test_bare_tensors_get_the_default_alpha_and_that_is_said(adapted, tmp_path, capsys):
+    base, model, _ = adapted
+    tensors = {k: v.detach() for k, v in model.state_dict().items() if "lora_" in k}
+    torch.save(tensors, tmp_path / "bare.pt")
+    fresh = network()
+    assert on_base.load(fresh, tmp_path / "bare.pt", base, 16.0) == {}
+    assert summary(fresh).rows[0].alpha == 16
+    assert "lora_alpha is taken to be 16.0, the default" in capsys.readouterr().out
+
+
+def test_an_adapter_that_is_not_there_is_missed(adapted):
+    on_base.refuse_missing(None)
+    on_base.refuse_missing(str(adapted[2]))
+    with pytest.raises(CheckpointError, match="--adapter /no/such does not exist"):
+        on_base.refuse_missing("/no/such")
+
+
+def test_other_layers_than_were_asked_for_are_noticed(adapted):
+    found = summary(adapted[1])
+    require_linears(found, [(4, 4)], 2, "--targets all")
+    with pytest.raises(RuntimeError, match="--targets all adapted 1 layers with 16 trainable"):
+        require_linears(found, [(4, 4)] * 2, 2, "--targets all")

@@ -218,10 +218,16 @@ def test_closed_form_norm(groups):
 # Dropout
 
 
+def mask(seed, p, rows, columns):
+    """M of a (rows, columns) matrix, bool."""
+    bits = dropout.random_bits(seed, rows, columns, torch.device("cpu"))
+    return torch.cat([block > dropout.threshold(p) for _, block in bits])
+
+
 def test_keep_rate_is_what_was_asked_for():
-    n, device = 1_000_000, torch.device("cpu")
+    n = 1_000_000
     for p in (0.05, 0.5, 0.9):
-        kept = sum(int(keep.sum()) for _, keep in dropout.masks(3, p, n // 64, 64, device))
+        kept = int(mask(3, p, n // 64, 64).sum())
         q = dropout.keep_probability(p)
         assert abs(q - (1 - p)) <= 2**-17
         assert abs(kept - n * q) <= 4 * math.sqrt(n * q * (1 - q))
@@ -229,9 +235,33 @@ def test_keep_rate_is_what_was_asked_for():
 
 def test_every_bit_lane_of_the_mask_is_random():
     # Four 16-bit lanes share one random word: a stuck sign bit would show in one of them.
-    keep = torch.cat([k for _, k in dropout.masks(3, 0.5, 4096, 64, torch.device("cpu"))])
+    keep = mask(3, 0.5, 4096, 64)
     rates = keep.view(-1, 4).double().mean(0)
     assert ((rates - 0.5).abs() < 4 * 0.5 / math.sqrt(keep.numel() / 4)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.999])
+def test_what_is_kept_is_the_product_with_the_mask(dtype, p):
+    x = randn(60, 80).to(dtype)
+    x[0, :4] = torch.tensor([0.0, -0.0, 1e-7, -3e4], dtype=dtype)  # subnormal in fp16
+    ((_, bits),) = dropout.random_bits(5, 60, 80, x.device)
+    keep = bits > dropout.threshold(p)
+    assert 0 < keep.sum() < keep.numel()
+    for t, at in ((x, keep), (x[:, 3:], keep[:, 3:]), (x.t(), keep.t())):
+        part = bits[:, 3:] if t.shape[1] == 77 else bits.t() if t.shape[0] == 80 else bits
+        found = dropout.kept(t, part, p)
+        assert found.dtype == dtype
+        assert torch.equal(found, t * at)
+
+
+def test_every_value_of_the_bits_falls_on_its_side_of_the_threshold():
+    bits = torch.arange(-32768, 32768).to(torch.int16)[None]
+    for p in (2**-16, 0.1, 0.5, 1 - 2**-16):
+        for dtype in (torch.bfloat16, torch.float32):
+            found = dropout.kept(torch.ones(1, 65536, dtype=dtype), bits, p)
+            assert int(found.sum(dtype=torch.int64)) == dropout.keep_count(p)
+            assert torch.equal(found[0] != 0, bits[0].int() > dropout.threshold(p))
 
 
 def test_dropout_keeps_mean_and_has_the_variance_of_dropout():
@@ -243,21 +273,21 @@ def test_dropout_keeps_mean_and_has_the_variance_of_dropout():
 
 
 def test_a_mask_is_a_function_of_its_seed():
-    x = torch.ones(700, 300)  # several blocks
+    x = torch.ones(700, 300)  # two blocks, of 436 rows and the rest
     first, second = (dropout.seeded_dropout(x, 0.5, seed) for seed in (1, 2))
     assert torch.equal(first, dropout.seeded_dropout(x, 0.5, 1))
     assert not torch.equal(first, second)
-    assert not torch.equal(first[:218], first[218:436])
+    assert not torch.equal(first[:218], first[436:654])
 
 
 def test_the_dropped_input_reaches_y_and_both_gradients():
-    p, seed, x = 0.3, 8, randn(900, 100, grad=True)  # two blocks of rows
+    p, seed, x = 0.3, 8, randn(1800, 100, grad=True)  # two blocks of rows
     W, A, B = randn(6, 100), randn(3, 100, grad=True), randn(6, 3, grad=True)
     y = lora_linear(x, W, None, [Branch(A, B, 0.7, dropout=p, seed=seed)])
-    D = torch.cat([k for _, k in dropout.masks(seed, p, 900, 100, x.device)]).double()
-    D /= dropout.keep_probability(p)
+    assert dropout.CPU_BLOCK // 100 < 1800 < 2 * (dropout.CPU_BLOCK // 100)
+    D = mask(seed, p, 1800, 100).double() / dropout.keep_probability(p)
     expected = x @ W.t() + 0.7 * ((x * D) @ A.t()) @ B.t()
-    g = randn(900, 6)
+    g = randn(1800, 6)
     torch.testing.assert_close(y, expected)
     for ours, plain in zip(
         torch.autograd.grad(y, (x, A, B), g),

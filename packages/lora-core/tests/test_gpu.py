@@ -40,8 +40,8 @@ def test_dropout_uses_one_mask_forward_and_backward(monkeypatch):
         torch.randn(*s, device=device, dtype=torch.float64, requires_grad=True) for s in shapes
     )
     y = lora_linear(x, W.detach(), None, [Branch(A, B, 0.7, dropout=p, seed=5)])
-    D = torch.cat([keep for _, keep in dropout.masks(5, p, 300, 64, device)]).double()
-    D /= dropout.keep_probability(p)
+    bits = torch.cat([bits for _, bits in dropout.random_bits(5, 300, 64, device)])
+    D = (bits > dropout.threshold(p)).double() / dropout.keep_probability(p)
     expected = x @ W.detach().t() + 0.7 * ((x * D) @ A.t()) @ B.t()
     g = torch.randn_like(y)
     torch.testing.assert_close(y, expected)

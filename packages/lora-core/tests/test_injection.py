@@ -519,10 +519,54 @@ def test_table_groups_like_neighbours_and_counts_everything(net):
     assert table.trainable == sum(p.numel() for p in trainable_parameters(net)) == 5 * 28 + 14 + 28
     assert table.total == sum(p.numel() for p in net.parameters())
     text = str(table)
-    assert "blocks.{0..2}.0  x 3" in text
-    assert "blocks.{0..1}.2  x 2" in text
+    assert "blocks.{0..2}.0 x 3 " in text
+    assert "blocks.{0..1}.2 x 2 " in text
     assert "6 adapted modules, 182 of" in text
     assert summary(net) == table
+
+
+class Attention(nn.Module):
+    """Names that share words, and some that share only letters."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("q_proj", "v_proj", "query", "key", "fc1", "fc2"):
+            setattr(self, name, nn.Linear(6, 6))
+
+
+def lines_of(table):
+    header, _, *lines, end = str(table).splitlines()
+    return header.split(), [line.rsplit(maxsplit=1) for line in lines], end
+
+
+@pytest.mark.parametrize(
+    ("names", "path"),
+    [
+        (["q_proj", "v_proj"], "{0..1}.{q,v}_proj x 4"),
+        (["fc1", "fc2"], "{0..1}.fc{1,2} x 4"),
+        (["query", "key"], "{0..1}.{query,key} x 4"),
+        (["q_proj", "key"], "{0..1}.{q_proj,key} x 4"),
+    ],
+)
+def test_modules_of_one_parent_share_a_line(names, path):
+    table = inject(nn.ModuleList([Attention(), Attention()]), LoraConfig(names, r=2))
+    assert [row.path for row in table.rows] == [f"{i}.{name}" for i in (0, 1) for name in names]
+    header, lines, end = lines_of(table)
+    assert header == ["module", "parameters"]
+    assert lines == [[path, "96"]]
+    assert end.startswith("4 adapted modules (Linear, r 2, alpha 16), 96 of ")
+
+
+def test_a_line_means_every_combination_of_its_names_and_numbers():
+    blocks = nn.ModuleList([Attention(), Attention(), Attention()])
+    table = inject(blocks, LoraConfig(["re:[01].[qv]_proj", "re:2.q_proj"], r=2))
+    _, lines, _ = lines_of(table)
+    assert lines == [["{0..2}.q_proj x 3", "72"], ["{0..1}.v_proj x 2", "48"]]
+    config = LoraConfig(["q_proj", "v_proj"], r=2, rank_pattern={"v_proj": 1})
+    header, lines, end = lines_of(inject(nn.ModuleList([Attention()]), config))
+    assert header == ["module", "r", "parameters"]
+    assert [line[0].split() for line in lines] == [["0.q_proj", "2"], ["0.v_proj", "1"]]
+    assert "(Linear, alpha 16)" in end
 
 
 def test_table_says_what_one_could_not_guess():

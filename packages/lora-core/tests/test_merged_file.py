@@ -2,13 +2,14 @@
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
 
-from lora_core import merged_file
+from lora_core import LoraConfig, inject, merged_file, save_adapter
 from lora_core.errors import CheckpointError, ConfigError, NumericError
 from lora_core.tensor_file import read_safetensors, read_torch
 
@@ -116,3 +117,28 @@ def test_exact_arithmetic_is_put_back():
         fail()
     assert [module.training for module in model.modules()] == [True, True, False]
     assert torch.backends.cuda.matmul.fp32_precision == before
+
+
+# -- the base of an adapter ------------------------------------------------------------------------
+
+
+def test_a_base_that_is_not_found_is_told_with_the_adapter(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4))
+    inject(model, LoraConfig(["0"], r=2))
+    adapter = save_adapter(model, tmp_path / "adapter", metadata={"base": {"file": "base.pt"}})
+    assert merged_file.find_base(str(adapter), Path) == Path("base.pt")
+
+    def search(name):
+        raise CheckpointError(f"no {name} here")
+
+    with pytest.raises(CheckpointError) as error:
+        merged_file.find_base(str(adapter), search)
+    assert str(error.value) == (
+        f"no base.pt here\n{adapter} was trained on it: add --checkpoint FILE"
+    )
+
+
+def test_a_base_that_has_changed_is_refused():
+    merged_file.refuse_changed("base.pt", "abc", "abc")
+    with pytest.raises(CheckpointError, match=r"base\.pt has changed since the model was built"):
+        merged_file.refuse_changed("base.pt", "abc", "abd")

@@ -145,7 +145,7 @@ def test_the_core_needs_no_heavy_library():
     code = (
         "import sys, lora_core\n"
         "assert 'torch' not in sys.modules\n"
-        "import lora_core.testing, lora_core.cache, lora_core.peft_bridge\n"
+        "import lora_core.testing.contract, lora_core.cache, lora_core.peft_bridge\n"
         "heavy = {'peft', 'transformers', 'diffusers', 'accelerate', 'torchvision', 'pytest'}\n"
         "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"
     )

@@ -1,12 +1,9 @@
 """One thread for every test, no network, and base checkpoints that several tests share."""
 
-import atexit
 import gzip
 import json
 import math
-import os
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,16 +12,9 @@ from typing import Any
 
 import pytest
 
-for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ[variable] = "1"  # torch and numpy read it when they are imported, so before them
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["HF_HUB_OFFLINE"] = "1"
-# Ignored in a job of the background or under nohup, which a training respects; here they are sent.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
-# Nothing is remembered from one session to the next, and nothing in the user's own folders.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lora-tests-cache-")
-atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+from lora_core.testing import environment
+
+environment.prepare()  # before torch is imported
 
 sys.path.insert(0, str(Path(__file__).parent))  # for small_run.py
 

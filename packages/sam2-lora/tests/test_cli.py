@@ -13,6 +13,7 @@ import pytest
 from lora_core.config import parse
 from lora_core.errors import ConfigError
 from lora_core.testing import check_commands
+from lora_core.testing.console import check_light
 from sam2_lora import demo, demo_run, evaluate, find_lr, merge, predict, prepare
 from sam2_lora.__main__ import COMMANDS, main
 from sam2_lora.config import Config
@@ -95,14 +96,7 @@ def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize("command", [[], ["--version"], *([name, "--help"] for name in COMMANDS)])
 def test_help_needs_no_torch(command: list[str]) -> None:
-    code = (
-        "import sys; from sam2_lora.__main__ import main; status = main(sys.argv[1:]); "
-        "heavy = {'torch', 'transformers', 'scipy', 'PIL'} & set(sys.modules); "
-        "sys.exit(status or (f'imported {heavy}' if heavy else 0))"
-    )
-    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "sam2-lora" in done.stdout
+    check_light("sam2-lora", command)
 
 
 def test_nothing_needs_torchvision(tmp_path: Path) -> None:

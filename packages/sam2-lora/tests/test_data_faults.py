@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import gzip
 import json
 import multiprocessing
 import os
@@ -23,6 +22,7 @@ from lora_core import shielded
 from lora_core.distributed import first_rank_decides
 from lora_core.errors import DataError
 from lora_core.report import say
+from lora_core.testing import coco as faulty
 from lora_core.testing import corrupt, hostile, processes
 from lora_core.testing.no_device import no_device
 from lora_core.training import loading
@@ -490,27 +490,14 @@ def test_pictures_in_two_splits_are_counted_and_named(tmp_path: Path) -> None:
     )
 
 
-ENCODINGS: dict[str, tuple[Callable[[str], bytes], str]] = {
-    "text": (lambda text: b"hello", ":1:1: not JSON"),
-    "empty": (lambda text: b"", ":1:1: not JSON"),
-    "cut off": (lambda text: text.encode()[:-9], ": not JSON: "),
-    "UTF-16": (lambda text: text.encode("utf-16"), ": UTF-16 text: save it as UTF-8"),
-    "UTF-16, no mark": (lambda text: text.encode("utf-16-be"), "UTF-16 text: save it as UTF-8"),
-    "Latin-1": (lambda text: text.replace("rust", "Rö").encode("latin-1"), "not UTF-8 text"),
-    "JSON Lines": (lambda text: f"{text}\n{text}".encode(), ":2:1: not JSON: .*JSON Lines"),
-    "gzip": (lambda text: gzip.compress(text.encode()), ": gzip: unpack it"),
-    "web page": (lambda text: corrupt.WEB_PAGE, ":1:1: not JSON"),
-}
-
-
 @pytest.mark.fault("D11")
-@pytest.mark.parametrize("kind", ENCODINGS)
+@pytest.mark.parametrize("kind", faulty.ENCODINGS)
 def test_an_annotation_file_that_is_no_json_is_named_with_its_place(
     tmp_path: Path, stopped: Callable[..., str], kind: str
 ) -> None:
     root, _ = coco(tmp_path)
     path = root / "annotations.json"
-    encode, reason = ENCODINGS[kind]
+    encode, reason = faulty.ENCODINGS[kind]
     path.write_bytes(encode(path.read_text()))
     with pytest.raises(DataError, match=f"{path}.*{reason}"):
         raise DataError(stopped(root))
@@ -554,48 +541,22 @@ def test_numbers_that_json_does_not_have_are_named_with_record_and_field(
     tmp_path: Path, problem: Callable[..., str], value: str, where: str
 ) -> None:
     root, content = coco(tmp_path)
-    if where == "image":
-        content["images"][2]["height"] = 12345
-    elif where == "bbox":
-        content["annotations"][2]["bbox"] = [1, 2, 12345, 4]
-    else:
-        content["annotations"][2]["segmentation"][0][3] = 12345
-    (root / "annotations.json").write_text(json.dumps(content).replace("12345", value))
-    line = problem(root)
-    record, field = {
-        "image": ("image 2", "height"),
-        "bbox": ("annotation 2", "bbox[2]"),
-        "segmentation": ("annotation 2", "segmentation[0][3]"),
-    }[where]
-    number = str(float(value))
-    assert line == (
-        f"{root}/annotations.json: {record}: {field} is {number}, expected a finite number"
-    )
+    text, complaint = faulty.not_finite(content, where, value)
+    (root / "annotations.json").write_text(text)
+    assert problem(root) == f"{root}/annotations.json: {complaint}"
 
 
 @pytest.mark.fault("D13")
-@pytest.mark.parametrize("kind", ["images", "annotations", "categories", "file"])
+@pytest.mark.parametrize("kind", faulty.DOUBLES)
 def test_ids_and_files_that_stand_twice_are_listed(
     tmp_path: Path, stopped: Callable[..., str], kind: str
 ) -> None:
     root, content = coco(tmp_path)
     path = root / "annotations.json"
-    if kind == "file":
-        content["images"][3]["file_name"] = "1.png"
-    elif kind == "categories":
-        content["categories"] *= 2
-    else:
-        content[kind][2]["id"] = content[kind][1]["id"]
-        content[kind][3]["id"] = content[kind][0]["id"]
+    complaint = faulty.doubled(content, kind)
     path.write_text(json.dumps(content))
-    expected = {
-        "images": f"{path}: image ids that stand twice: 0, 1",
-        "annotations": f"{path}: annotation ids that stand twice: 0, 1",
-        "categories": f"{path}: the category id 1 stands twice",
-        "file": f"{path}: image 3: 1.png is image 1 already",
-    }
     text = stopped(root)
-    assert expected[kind] in text
+    assert f"{path}: {complaint}" in text
     assert text == stopped(root, on_bad_sample="skip", max_bad_fraction=0.9), "not to be left out"
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from scipy import ndimage
 
 from lora_core.errors import DataError, UserError
+from lora_core.pictures.encodings import encode_counts
 from sam2_lora import demo
 from sam2_lora.formats import find
 
@@ -109,7 +110,7 @@ def test_run_lengths_give_the_stated_areas():
 def test_encode_inverts_decode(corner):
     mask = np.random.default_rng(0).random((5, 7)) < 0.5
     mask[0, 0] = corner
-    counts = demo.encode(mask)
+    counts = encode_counts(mask)
     assert sum(counts) == mask.size
     assert sum(counts[1::2]) == mask.sum()
     np.testing.assert_array_equal(demo.decode(counts, (5, 7)), mask)

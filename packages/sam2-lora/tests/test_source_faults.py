@@ -3,7 +3,6 @@
 import os
 import pickle
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from PIL import Image
 
 from lora_core.testing import corrupt
+from lora_core.testing.hub import write_model
 from sam2_lora import __main__ as program
 from sam2_lora import model as m
 from sam2_lora import names, official, placement
@@ -97,29 +97,18 @@ def test_a_damaged_cache_entry_is_computed_again_and_said_once(
 
 @pytest.fixture
 def hub(work: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache as the hub's library leaves it: two revisions of one model, main is the second."""
-    import hashlib
-
+    """Two revisions of one model in the hub's cache, main is the second."""
     from huggingface_hub import constants
 
-    cache = work / "cache"
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    repository = cache / "models--nobody--sam2-small"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(work / "cache"))
     tensors = official.read_official("base.safetensors").tensors
-    for number, commit in enumerate(("a" * 40, "b" * 40)):
-        folder = repository / "snapshots" / commit
-        folder.mkdir(parents=True)
-        shutil.copy("base.json", folder / "config.json")
+    weights = []
+    for number in range(2):
         changed = tensors | {"no_mem_embed": tensors["no_mem_embed"] + number}
         state = {k: t.clone() for k, t in names.to_transformers(changed).items()}
-        data = safetensors.torch.save(state)
-        blob = repository / "blobs" / hashlib.sha256(data).hexdigest()
-        blob.parent.mkdir(exist_ok=True)
-        blob.write_bytes(data)
-        (folder / "model.safetensors").symlink_to(blob)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("b" * 40)
-    return repository
+        weights.append(safetensors.torch.save(state))
+    settings = Path("base.json").read_bytes()
+    return write_model(work / "cache", "nobody/sam2-small", settings, weights)
 
 
 @pytest.mark.fault("H28")

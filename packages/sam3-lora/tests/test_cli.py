@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from lora_core.config import parse
 from lora_core.testing import check_commands
+from lora_core.testing.console import check_light
 from sam3_lora import evaluate, find_lr, merge, predict, prepare
 from sam3_lora.__main__ import COMMANDS, main
 from sam3_lora.config import Config
@@ -60,11 +59,4 @@ def test_an_unknown_flag_names_the_nearest(capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.parametrize("command", [[], ["--version"], *([name, "--help"] for name in COMMANDS)])
 def test_help_needs_no_torch(command: list[str]) -> None:
-    code = (
-        "import sys; from sam3_lora.__main__ import main; status = main(sys.argv[1:]); "
-        "heavy = {'torch', 'transformers', 'scipy', 'PIL'} & set(sys.modules); "
-        "sys.exit(status or (f'imported {heavy}' if heavy else 0))"
-    )
-    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "sam3-lora" in done.stdout
+    check_light("sam3-lora", command)

@@ -3,7 +3,6 @@ it."""
 
 from __future__ import annotations
 
-import gzip
 import json
 import shutil
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pycocotools import mask as coco_mask
 
 from lora_core import shielded
 from lora_core.errors import DataError
+from lora_core.testing import coco as faulty
 from lora_core.testing import corrupt, hostile
 from lora_core.testing.no_device import no_device
 from lora_core.training import loading
@@ -303,23 +303,12 @@ def test_pictures_in_two_splits_are_counted_and_named(train: Path) -> None:
 
 # -- annotation files ------------------------------------------------------------------------------
 
-ENCODINGS: dict[str, tuple[Callable[[str], bytes], str]] = {
-    "text": (lambda text: b"hello", ":1:1: not JSON"),
-    "empty": (lambda text: b"", ":1:1: not JSON"),
-    "cut off": (lambda text: text.encode()[:-9], ": not JSON: "),
-    "UTF-16": (lambda text: text.encode("utf-16"), ": UTF-16 text: save it as UTF-8"),
-    "Latin-1": (lambda text: text.replace("rust", "Rö").encode("latin-1"), "not UTF-8 text"),
-    "JSON Lines": (lambda text: f"{text}\n{text}".encode(), ":2:1: not JSON: .*JSON Lines"),
-    "gzip": (lambda text: gzip.compress(text.encode()), ": gzip: unpack it"),
-    "web page": (lambda text: corrupt.WEB_PAGE, ":1:1: not JSON"),
-}
-
 
 @pytest.mark.fault("D11")
-@pytest.mark.parametrize("kind", ENCODINGS)
+@pytest.mark.parametrize("kind", faulty.ENCODINGS)
 def test_an_annotation_file_that_is_no_json_is_named_with_its_place(train: Path, kind: str) -> None:
     coco(train)
-    encode, reason = ENCODINGS[kind]
+    encode, reason = faulty.ENCODINGS[kind]
     file_of(train).write_bytes(encode(file_of(train).read_text()))
     with pytest.raises(DataError, match=f"{file_of(train)}.*{reason}"):
         raise DataError(stopped(train))
@@ -340,43 +329,19 @@ def test_numbers_that_json_does_not_have_are_named_with_record_and_field(
     train: Path, value: str, where: str
 ) -> None:
     content = coco(train)
-    if where == "image":
-        content["images"][2]["height"] = 12345
-    elif where == "bbox":
-        content["annotations"][2]["bbox"] = [1, 2, 12345, 4]
-    else:
-        content["annotations"][2]["segmentation"][0][3] = 12345
-    file_of(train).write_text(json.dumps(content).replace("12345", value))
-    record, field = {
-        "image": ("image 2", "height"),
-        "bbox": ("annotation 2", "bbox[2]"),
-        "segmentation": ("annotation 2", "segmentation[0][3]"),
-    }[where]
-    number = str(float(value))
-    expected = f"{file_of(train)}: {record}: {field} is {number}, expected a finite number"
-    assert problem(train) == expected
+    text, complaint = faulty.not_finite(content, where, value)
+    file_of(train).write_text(text)
+    assert problem(train) == f"{file_of(train)}: {complaint}"
 
 
 @pytest.mark.fault("D13")
-@pytest.mark.parametrize("kind", ["images", "annotations", "categories", "file"])
+@pytest.mark.parametrize("kind", faulty.DOUBLES)
 def test_ids_and_files_that_stand_twice_are_listed(train: Path, kind: str) -> None:
     content, path = coco(train), file_of(train)
-    if kind == "file":
-        content["images"][3]["file_name"] = "1.png"
-    elif kind == "categories":
-        content["categories"] *= 2
-    else:
-        content[kind][2]["id"] = content[kind][1]["id"]
-        content[kind][3]["id"] = content[kind][0]["id"]
+    complaint = faulty.doubled(content, kind)
     save(train, content)
-    expected = {
-        "images": f"{path}: image ids that stand twice: 0, 1",
-        "annotations": f"{path}: annotation ids that stand twice: 0, 1",
-        "categories": f"{path}: the category id 1 stands twice",
-        "file": f"{path}: image 3: 1.png is image 1 already",
-    }
     text = stopped(train)
-    assert expected[kind] in text
+    assert f"{path}: {complaint}" in text
     assert text == stopped(train, **SKIP), "not to be left out"
 
 

@@ -16,6 +16,7 @@ from sam3_lora import losses
 from sam3_lora.losses import LossSettings, loss, stacked, terms
 from sam3_lora.mask_losses import at_pixels, compare, sample, uncertain_points
 from sam3_lora.matching import MatchSettings, match
+from sam3_lora.normalisers import Normalisers, counted, masked_queries
 from sam3_lora.outputs import Detections, Outputs, Targets
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -70,7 +71,6 @@ def golden_settings(o2m_threshold: float = 0.4) -> LossSettings:
         o2m_weight=many["weight"],
         positive_weight=given["iabce"]["pos_weight"],
         pad_queries=given["pad_n_queries"],
-        normalization=given["normalization"],
         scale_by_batch=given["scale_by_find_batch_size"],
         matching=MatchSettings(
             one["cost_class"], one["cost_bbox"], one["cost_giou"],
@@ -84,7 +84,8 @@ def all_terms(outputs: Outputs, targets: Targets, settings: LossSettings) -> dic
     found = match(
         layers.logits, layers.boxes, targets, settings.matching, one_to_many_last=layers.has_second
     )
-    return terms(outputs, targets, settings, layers, found)
+    sizes = Normalisers(len(found.counts), float(found.counts.sum()))
+    return terms(outputs, targets, settings, layers, found, sizes)
 
 
 def assert_terms(io: dict[str, Tensor], prefix: str, values: dict[str, Tensor]) -> None:
@@ -253,20 +254,58 @@ def test_as_many_queries_as_are_padded_to_are_averaged_over() -> None:
     torch.testing.assert_close(at_200 * 200, at_12 * 12)
 
 
-def test_global_normalisation_divides_by_the_mean_over_processes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    outputs, targets, _ = random_case([2, 1])
-    monkeypatch.setattr(losses, "world_size", lambda: 2)
-    monkeypatch.setattr(losses, "sum_over_ranks", lambda value, _: value + 9)  # 3 here, 9 there
-    settings = LossSettings(normalization="global")
-    local, shared = loss(outputs, targets)[1], loss(outputs, targets, settings)[1]
-    for name in ("loss_bbox", "loss_giou", "loss_mask", "loss_dice"):
-        torch.testing.assert_close(shared[name], local[name] * 3 / 6)
-    for name in ("loss_ce", "presence_loss", "loss_semantic_seg"):
-        assert shared[name] == local[name]
-    with torch.no_grad():  # where processes may have different numbers of batches
-        assert loss(outputs, targets, settings)[1]["loss_bbox"] == local["loss_bbox"]
+def part_of(outputs: Outputs, targets: Targets, query: int) -> tuple[Outputs, Targets]:
+    """One query of a batch as a batch of its own."""
+
+    def alone(layer: Detections) -> Detections:
+        one = slice(query, query + 1)
+        masks = None if layer.masks is None else layer.masks[one]
+        return Detections(layer.logits[one], layer.boxes[one], masks)
+
+    ends = targets.counts.cumsum(0).tolist()
+    own = slice(ends[query] - int(targets.counts[query]), ends[query])
+    assert outputs.semantic is not None
+    assert targets.masks is not None
+    return Outputs(
+        [alone(layer) for layer in outputs.one_to_one],
+        [alone(layer) for layer in outputs.one_to_many],
+        [presence[query : query + 1] for presence in outputs.presence],
+        outputs.semantic[query : query + 1],
+    ), Targets(
+        targets.boxes[own], targets.counts[query : query + 1], targets.masks[own],
+        None if targets.has_mask is None else targets.has_mask[own],
+    )  # fmt: skip
+
+
+@pytest.mark.fault("R19")
+def test_the_mean_over_batches_that_know_the_whole_update_is_its_loss() -> None:
+    """Values, parts and gradients; with unequal queries, one of them without any object."""
+    outputs, targets, leaves = random_case([3, 0, 1])
+    whole, parts = loss(outputs, targets)
+    expected = torch.autograd.grad(whole, leaves)
+    sums = counted({"targets": vars(targets)}, masks=True)
+    assert sums == {"queries": 3, "objects": 4, "masked": 2}
+    sizes = Normalisers(**sums, share=4.0)
+    each = [loss(*part_of(outputs, targets, query), sizes=sizes) for query in range(3)]
+    empty = Normalisers(**sums, share=0.0)  # the batch of a process that no picture was left for
+    each.append(loss(*part_of(outputs, targets, 0), sizes=empty))
+    assert each[-1][0] == 0
+    mean = torch.stack([value for value, _ in each]).mean()
+    torch.testing.assert_close(mean, whole)
+    for name, value in parts.items():
+        torch.testing.assert_close(torch.stack([one[name] for _, one in each]).mean(), value)
+    for grad, wanted in zip(torch.autograd.grad(mean, leaves), expected, strict=True):
+        torch.testing.assert_close(grad, wanted)
+
+
+def test_queries_whose_masks_are_unknown_or_empty_are_not_counted_as_masked() -> None:
+    masks = torch.zeros(5, 4, 4, dtype=torch.uint8)
+    masks[[0, 1, 3], 1] = 1
+    known = torch.tensor([1, 1, 1, 0, 1], dtype=torch.uint8)  # as batches have it
+    counts = torch.tensor([2, 0, 1, 1, 1])
+    assert masked_queries(counts, masks, known) == 1
+    assert masked_queries(counts, masks, None) == 2
+    assert masked_queries(torch.tensor([0, 0]), None, None) == 0
 
 
 def test_a_query_with_two_targets_is_labelled_by_the_later_one() -> None:
@@ -435,9 +474,9 @@ def test_masks_that_are_missing_are_named() -> None:
 
 def test_settings_that_cannot_work_are_refused_together() -> None:
     with pytest.raises(ConfigError) as caught:
-        LossSettings(bbox=-1, o2m_weight=float("nan"), mask_pixels=0, normalization="some")
+        LossSettings(bbox=-1, o2m_weight=float("nan"), mask_pixels=0)
     message = str(caught.value)
-    assert all(name in message for name in ("bbox", "o2m_weight", "mask_pixels", "normalization"))
+    assert all(name in message for name in ("bbox", "o2m_weight", "mask_pixels"))
 
 
 # -- masks: some pairs at a time, and points -------------------------------------------------------

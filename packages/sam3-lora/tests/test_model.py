@@ -1,7 +1,6 @@
 """From files to a network and back: bases in every packing, vocabularies, adapters."""
 
 import gzip
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from lora_core.errors import CheckpointError, ConfigError
 from lora_core.injection import lora_layers
 from lora_core.testing import load_golden
+from lora_core.testing.hub import write_model
 from sam3_lora import export as x
 from sam3_lora import model as m
 from sam3_lora import network, official, tokenizer
@@ -121,25 +121,15 @@ def test_build_follows_the_configuration(base: Path) -> None:
 
 @pytest.fixture
 def hub(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache as the hub's library leaves it: two revisions of one model, main is the second."""
+    """Two revisions of one model in the hub's cache, main is the second."""
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    repository = tmp_path / "cache" / "models--nobody--sam3-small"
+    cache, name = tmp_path / "cache", "detr_decoder.presence_token.weight"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     state = m.load(base).state_dict()
-    for number, commit in enumerate(("a" * 40, "b" * 40)):
-        folder = repository / "snapshots" / commit
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps(tiny_base.settings()))
-        changed = state["detr_decoder.presence_token.weight"] + number
-        data = safetensors.torch.save(state | {"detr_decoder.presence_token.weight": changed})
-        blob = repository / "blobs" / hashlib.sha256(data).hexdigest()
-        blob.parent.mkdir(exist_ok=True)
-        blob.write_bytes(data)
-        (folder / "model.safetensors").symlink_to(blob)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("b" * 40)
-    return repository
+    weights = [safetensors.torch.save(state | {name: state[name] + n}) for n in range(2)]
+    settings = json.dumps(tiny_base.settings()).encode()
+    return write_model(cache, "nobody/sam3-small", settings, weights)
 
 
 @pytest.mark.fault("H28")

@@ -400,6 +400,24 @@ def test_blocks_before_the_first_adapter_have_no_graph(tiny: Any, checkpointing:
     assert sorted(k for k, _ in entered[4:]) == ([2, 3] if checkpointing else [])
 
 
+@pytest.mark.parametrize("first", [1, 3])
+def test_nothing_is_kept_before_the_first_adapted_block(tiny: Any, first: int) -> None:
+    last = [f"vision_encoder.backbone.layers.{k}.**" for k in range(first, 4)]
+    model = adapted(tiny, *last, dropout=0.1)
+    block, kept = [-1], []  # where the forward pass is; where each tensor was kept
+    for k, layer in enumerate(model.vision_encoder.backbone.layers):
+        layer.layer_norm1.register_forward_pre_hook(lambda *_, k=k: block.__setitem__(0, k))
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(block[0])
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run(model, batch_of([0, 1], [0, 1]))
+    assert kept
+    assert min(kept) == first
+
+
 def test_an_earlier_adapter_costs_memory_and_a_later_one_does_not(tiny: Any) -> None:
     def kept(model: Any) -> int:
         return gradients(model, 0, batch_of([0, 1], [0, 1]))[1]

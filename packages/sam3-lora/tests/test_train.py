@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -170,6 +169,19 @@ def test_a_resumed_run_ends_with_the_same_bits(
     assert summary(now) == summary(then)
 
 
+@pytest.mark.filterwarnings("ignore:learning rate 1 is very high")
+def test_going_back_gives_the_best_its_adapter_of_then(base: Path, tmp_path: Path) -> None:
+    """The later one, whose checkpoint is set aside, is no result of the run any more."""
+    checkpoints = tmp_path / "checkpoints"
+    assert main(command(base, tmp_path, training__best_metric="loss",
+                        training__learning_rate=1e-3)) == 0  # fmt: skip
+    assert same(checkpoints / "best.pt", checkpoints / "epoch_2.pt")
+    worse = ["--resume", str(checkpoints / "epoch_1.pt"), "--training.learning_rate", "1"]
+    assert main(worse) == 0
+    assert summary(tmp_path)["best_step"] == 2
+    assert same(checkpoints / "best.pt", checkpoints / "epoch_1.pt")
+
+
 def test_resuming_a_finished_run_changes_nothing(copy: Path, capsys: Capture) -> None:
     before = {path: path.read_bytes() for path in copy.rglob("*.pt")}
     assert main(["--config", "same.yaml", "--resume", "experiments/checkpoints"]) == 0
@@ -304,31 +316,6 @@ def test_without_validation_data_best_is_the_last_epoch_and_says_so(
     assert summary(tmp_path)["best"] is None
     assert main(["--resume", str(checkpoints / "best.pt")]) == 0
     assert "already finished" in capsys.readouterr().out
-
-
-def test_accumulated_batches_train_as_one_of_their_size(tmp_path: Path) -> None:
-    """Where every picture asks and holds as much as the others: the loss is normalised over a
-    batch, so that the number of its queries and objects counts. It grows with the root of its
-    queries, which clipping takes out of the update."""
-    base = tiny_run.write_base(tmp_path / "base", dropout=0)
-    pictures = tiny_run.write_pictures(tmp_path / "pictures", 4)
-    same_counts: dict[str, Any] = {
-        "dataset__train_img_folder": pictures,
-        "dataset__train_ann_file": pictures / "_annotations.coco.json",
-        "dataset__enable_augmentation": False,
-        "lora__dropout": 0,
-        "training__learning_rate": 1e-3,
-        "training__max_epochs": 2,
-    }
-    losses = []
-    for batch_size, accumulated in ((2, 1), (1, 2)):
-        output = tmp_path / str(batch_size)
-        numbers = {"training__batch_size": batch_size,
-                   "training__gradient_accumulation_steps": accumulated}  # fmt: skip
-        assert main(command(base, output, **same_counts, **numbers)) == 0
-        losses.append([float(row["loss"]) for row in rows(output, "train")])
-    assert len(losses[0]) == 4
-    assert losses[0] == pytest.approx([math.sqrt(2) * one for one in losses[1]], rel=1e-4)
 
 
 def test_example_boxes_train_the_geometry_encoder(base: Path, tmp_path: Path) -> None:

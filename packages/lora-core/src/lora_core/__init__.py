@@ -6,8 +6,9 @@ checking of settings do not pay for importing torch.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lora_core.first_use import loader
 
 __version__ = "0.1.0"
 
@@ -47,14 +48,7 @@ if TYPE_CHECKING:
     from lora_core.merging import merged_state_dict as merged_state_dict
     from lora_core.merging import unmerge as unmerge
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'lora_core' has no attribute {name!r}")
-    # No function here has the name of a submodule: importing that would put it in its place.
-    home = import_module(f"lora_core.{_HOME[name]}")
-    globals()[name] = home if name == "functional" else getattr(home, name)
-    return globals()[name]
+__getattr__ = loader(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,18 @@ SUFFIXES = frozenset({".pt", ".pth", ".torch", ".safetensors"})
 SETTINGS_LIMIT = 10_000_000  # bytes of a model's settings
 WEIGHTS = "model.safetensors"  # in a model folder of transformers
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Base:
+    """Where a network's frozen weights came from; a package adds what else its file holds."""
+
+    path: Path  # absolute
+    name: str  # without folders; of a hub id with the revision: see `lasting_name`
+    format: str  # how the file packs its tensors
+    variant: str  # published name, or "custom" for another size
+    fingerprint: str | None  # of the weights; None: the values were not read
+
 
 # -- finding -------------------------------------------------------------------------------------
 

@@ -7,8 +7,10 @@ import math
 import os
 import re
 import stat
+import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
@@ -137,3 +139,33 @@ def is_label(value: object) -> TypeGuard[str]:
 def is_whole(value: object) -> TypeGuard[int]:
     """Whether a JSON value is an integer (true and false are not)."""
     return type(value) is int
+
+
+# -- data sets that are written --------------------------------------------------------------------
+
+
+@contextmanager
+def new_tree(output: Path) -> Iterator[Path]:
+    """The path of a folder to make, which becomes `output` when the block ends without error.
+
+    An older `output` is kept until that has worked, and put back if it has not.
+
+    Raises:
+        DataError: it, or something in it, cannot be written.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{output.name[:60]}.", dir=output.parent) as new:
+            tree, old = Path(new) / "tree", Path(new) / "old"
+            yield tree
+            if output.exists():
+                output.rename(old)
+            try:
+                tree.rename(output)
+            except OSError:
+                if old.exists():
+                    old.rename(output)
+                raise
+    except OSError as error:
+        file = one_line(error.filename or output)  # it may be a picture that is gone meanwhile
+        raise DataError(f"{output}: cannot be written: {file}: {error.strerror}") from error

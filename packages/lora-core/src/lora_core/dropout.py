@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-CPU_BLOCK = 1 << 16  # elements per block: mask and rows stay in the cache of one core
+CPU_BLOCK = 1 << 17  # elements per block: mask and rows stay in the cache of one core
 DEVICE_BLOCK = 1 << 25  # elements per block elsewhere: few launches, bounded transient memory
 
 
@@ -39,33 +39,51 @@ def keep_probability(p: float) -> float:
     return keep_count(p) / 65536
 
 
-def masks(
-    seed: int, p: float, rows: int, columns: int, device: torch.device
+def random_bits(
+    seed: int, rows: int, columns: int, device: torch.device
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Give the mask of a (rows, columns) matrix as (rows of the block, bool (n, columns)) pairs.
+    """Give the random bits of a (rows, columns) mask as (rows of the block, int16 (n, columns)).
 
-    The same arguments give the same masks. Sixteen random bits decide about one element: filling
+    The same arguments give the same bits. Sixteen of them decide about one element: filling
     int64 and reading it as int16 costs a quarter of drawing each element.
     """
     generator = torch.Generator(device=device).manual_seed(seed)
     block = CPU_BLOCK if device.type == "cpu" else DEVICE_BLOCK
     step = max(1, block // max(1, columns))
-    threshold = keep_count(p) - 32768
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         count = (stop - start) * columns
         words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device)
         # Without the explicit lower end torch leaves the sign bit of every word zero.
         words.random_(-(2**63), None, generator=generator)
-        bits = words.view(torch.int16)[:count].view(stop - start, columns)
-        yield slice(start, stop), bits < threshold
+        yield slice(start, stop), words.view(torch.int16)[:count].view(stop - start, columns)
+
+
+def threshold(p: float) -> int:
+    """t of the mask `M = bits > t`, which keeps K of the 65536 values that 16 bits have."""
+    return 32767 - keep_count(p)
+
+
+def kept(x: Tensor, bits: Tensor, p: float) -> Tensor:
+    """`M x`, not divided by q; x and int16 bits of one shape.
+
+    On the CPU in one pass: `threshold_backward(x, bits, t)` is x where bits > t, else 0. It needs
+    both in one type; 16-bit floats are therefore read as integers, of which 0 is 0.0 too.
+    Multiplying by a bool mask there costs three passes, one of them to turn it into numbers.
+    """
+    if x.device.type != "cpu":
+        return x * (bits > threshold(p))
+    if x.element_size() == 2:
+        whole = torch.ops.aten.threshold_backward(x.view(torch.int16), bits, threshold(p))
+        return whole.view(x.dtype)
+    return torch.ops.aten.threshold_backward(x, bits.to(x.dtype), threshold(p))
 
 
 def dropped_product(x: Tensor, A: Tensor, p: float, seed: int) -> Tensor:
     """`h = D(x) A^T`: x (N, di), A (r, di) -> (N, r)."""
     h = x.new_empty(x.shape[0], A.shape[0])
-    for rows, keep in masks(seed, p, x.shape[0], x.shape[1], x.device):
-        torch.mm(x[rows] * keep, A.t(), out=h[rows])
+    for rows, bits in random_bits(seed, x.shape[0], x.shape[1], x.device):
+        torch.mm(kept(x[rows], bits, p), A.t(), out=h[rows])
     return h.mul_(1 / keep_probability(p))
 
 
@@ -81,11 +99,11 @@ def dropped_product_backward(
     dA = None
     if x is not None:
         dA = A.new_zeros(A.shape, dtype=torch.promote_types(A.dtype, torch.float32))
-    for rows, keep in masks(seed, p, dh.shape[0], A.shape[1], dh.device):
+    for rows, bits in random_bits(seed, dh.shape[0], A.shape[1], dh.device):
         if dA is not None and x is not None:
-            dA += dh[rows].t() @ (x[rows] * keep)
+            dA += dh[rows].t() @ kept(x[rows], bits, p)
         if dx is not None:
-            dx[rows] += (dh[rows] @ A).mul_(keep)
+            dx[rows].add_(kept(dh[rows] @ A, bits, p))  # `dx[rows] +=` would copy them once more
     return dA
 
 
@@ -105,9 +123,9 @@ def _dropped(x: Tensor, p: float, seed: int) -> Tensor:
     columns = x.shape[-1] if x.dim() else 1
     flat = x.reshape(-1, columns) if columns else x.reshape(0, 1)
     out = torch.empty_like(flat, memory_format=torch.contiguous_format)
-    for rows, keep in masks(seed, p, flat.shape[0], flat.shape[1], x.device):
-        torch.mul(flat[rows], keep, out=out[rows])
-    return out.div_(keep_probability(p)).view(x.shape)
+    for rows, bits in random_bits(seed, flat.shape[0], flat.shape[1], x.device):
+        torch.div(kept(flat[rows], bits, p), keep_probability(p), out=out[rows])
+    return out.view(x.shape)
 
 
 def seeded_dropout(x: Tensor, p: float, seed: int) -> Tensor:

@@ -231,16 +231,19 @@ def _lora_linear_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
 
 def _down_gradient(g: Tensor, B: Tensor, branch: Branch) -> Tensor:
     """`dh = s g B`, block by block: g (N, do) -> (N, k r)."""
-    dh = g.new_empty(g.shape[0], branch.A.shape[0])
+    dh = g.new_empty(branch.A.shape[0], g.shape[0])  # transposed, see `_up_gradient`
     for h_part, out, b_rows in blocks(branch.rows, branch.B.shape[1], g.shape[1]):
-        torch.mm(g[:, out], B[b_rows], out=dh[:, h_part])
-    return dh.mul_(branch.scale)
+        torch.mm(B[b_rows].t(), g[:, out].t(), out=dh[h_part])
+    return dh.mul_(branch.scale).t()
 
 
 def _up_gradient(g: Tensor, h: Tensor, branch: Branch) -> Tensor:
-    """`dB = s g^T h`, block by block: (rows_1 + .. + rows_k, r)."""
+    """`dB = s g^T h`, block by block: (rows_1 + .. + rows_k, r).
+
+    Computed as (h^T g)^T: on the CPU the narrow matrix in front makes it several times faster.
+    """
     parts = [
-        g[:, out].t() @ h[:, h_part]
+        (h[:, h_part].t() @ g[:, out]).t()
         for h_part, out, _ in blocks(branch.rows, branch.B.shape[1], g.shape[1])
     ]
     return torch.cat(parts).mul_(branch.scale)

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -72,6 +72,40 @@ def recorded_base(adapter: str) -> str:
         raise ConfigError(f"{adapter} does not say what it was trained on: add --checkpoint FILE")
     name: str = base["file"]
     return name
+
+
+def find_base(adapter: str, find: Callable[[str], Path]) -> Path:
+    """The base whose name an adapter holds.
+
+    Args:
+        find: the package's search for a file, folder or hub id.
+
+    Raises:
+        ConfigError: the adapter does not say.
+        CheckpointError: no adapter, or the base is not where `find` looks.
+    """
+    base = recorded_base(adapter)
+    try:
+        return find(base)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}\n{adapter} was trained on it: add --checkpoint FILE"
+        ) from None
+
+
+def refuse_changed(base: Path, now: str, then: str | None) -> None:
+    """Require the weights of a base file that a model was built from.
+
+    Args:
+        now, then: fingerprints of what is in the file, and of what the model was built from.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    if now != then:
+        raise CheckpointError(
+            f"{base} has changed since the model was built from it: put the old file back"
+        )
 
 
 # -- writing -------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os.path
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -12,6 +14,10 @@ from lora_core.full_training import FullTensor
 from lora_core.layers import AdapterSpec, LoraLayer
 from lora_core.mechanisms import TiedLayer, WrappedLayer
 from lora_core.report import table
+
+HEADER = ("module", "kind", "mechanism", "r", "alpha", "parameters", "note")
+SHARED = ("kind", "mechanism", "r", "alpha", "note")  # said once where all lines have the same
+MAX_NAMES = 8  # of modules that share a line
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """What is adapted. Printing it gives a table in which like neighbours share a line.
+    """What is adapted. Printing it gives a table in which what is alike shares a line.
 
     Attributes:
         rows: one per adapted module and adapter, in module order.
@@ -48,9 +54,9 @@ class Summary:
     total: int
 
     def __str__(self) -> str:
-        lines = [
+        lines: list[tuple[object, ...]] = [
             (
-                path + (f"  x {len(group)}" if len(group) > 1 else ""),
+                path + (f" x {len(group)}" if len(group) > 1 else ""),
                 group[0].kind,
                 group[0].mechanism,
                 str(group[0].r),
@@ -64,11 +70,51 @@ class Summary:
             (path, "trained in full", "", "", "", count, "")
             for path, count in _by_module(self.full).items()
         ]
-        header = ("module", "kind", "mechanism", "r", "alpha", "parameters", "note")
+        same = _same(lines)
+        shown = [place for place, name in enumerate(HEADER) if name not in same]
+        text = table([HEADER[i] for i in shown], [[line[i] for i in shown] for line in lines])
         share = 100 * self.trainable / max(1, self.total)
         return (
-            f"{table(header, lines)}\n{len(self.rows)} adapted modules, {self.trainable:,} of "
+            f"{text}\n{len(self.rows)} adapted modules{_facts(same)}, {self.trainable:,} of "
             f"{self.total:,} parameters train ({share:.2f} %)"
+        )
+
+
+def _same(lines: Sequence[Sequence[object]]) -> dict[str, object]:
+    """Column -> what it has in all lines."""
+    columns = dict(zip(HEADER, zip(*lines, strict=True), strict=False))
+    return {
+        name: columns[name][0] for name in SHARED if name in columns and len({*columns[name]}) == 1
+    }
+
+
+def _facts(same: Mapping[str, object]) -> str:
+    """{"kind": "Linear", "r": "8"} -> " (Linear, r 8)"; what needs no word is left out."""
+    words = [
+        f"{name} {value}" if name in ("r", "alpha") else str(value)
+        for name, value in same.items()
+        if value not in ("", "wrap")
+    ]
+    return f" ({', '.join(words)})" if words else ""
+
+
+def require_linears(
+    summary: Summary, shapes: Sequence[tuple[int, int]], rank: int, what: str
+) -> None:
+    """Require adapters of one rank on Linears of these (in, out), r * (in + out) parameters each.
+
+    Args:
+        what: the setting that asked for them, for the message.
+
+    Raises:
+        RuntimeError: others were adapted, as after a change of names in the model's library;
+            training would be worth nothing.
+    """
+    wanted = (len(shapes), rank * sum(map(sum, shapes)))
+    if (len(summary.rows), summary.trainable) != wanted:
+        raise RuntimeError(
+            f"{what} adapted {len(summary.rows)} layers with {summary.trainable} trainable "
+            f"parameters instead of {wanted[0]} with {wanted[1]}"
         )
 
 
@@ -140,9 +186,10 @@ Group: TypeAlias = tuple[tuple[str, ...], list[Row]]  # components of the path, 
 
 
 def grouped(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """Rows that differ only in numbers of their paths together, as (path, rows).
+    """Rows that differ only in numbers of their paths or in their last name together, as (path,
+    rows).
 
-    One component after the other, so that `a.{0..2}.b.{0..1}` always means all six.
+    One component after the other, so that `a.{0..2}.b.{q,v}_proj` always means all six.
     """
     groups: list[Group] = [(tuple(row.path.split(".")), [row]) for row in rows]
     for place in range(max((len(parts) for parts, _ in groups), default=0)):
@@ -152,7 +199,7 @@ def grouped(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
             around = parts[:place] + parts[place + 1 :] if number else parts
             alike.setdefault((around, number, members[0].alike), []).append((parts, members))
         groups = [_joined(same, place) for same in alike.values()]
-    return [(".".join(parts), members) for parts, members in groups]
+    return [(".".join(parts), members) for parts, members in _of_one_parent(groups)]
 
 
 def _joined(groups: Sequence[Group], place: int) -> Group:
@@ -161,6 +208,36 @@ def _joined(groups: Sequence[Group], place: int) -> Group:
         span = _span([int(other[place]) for other, _ in groups])
         parts = (*parts[:place], span, *parts[place + 1 :])
     return parts, [row for _, members in groups for row in members]
+
+
+def _of_one_parent(groups: Sequence[Group]) -> list[Group]:
+    """Groups that differ only in the last name together; numbers stay on their own."""
+    alike: dict[tuple[object, ...], list[Group]] = {}
+    for parts, members in groups:
+        named = parts[-1].isidentifier()
+        key = (parts[:-1] if named else parts, named, members[0].alike)
+        alike.setdefault(key, []).append((parts, members))
+    joined: list[Group] = []
+    for same in alike.values():
+        if 1 < len(same) <= MAX_NAMES:
+            parts = (*same[0][0][:-1], _braced([parts[-1] for parts, _ in same]))
+            joined.append((parts, [row for _, members in same for row in members]))
+        else:
+            joined += same
+    return joined
+
+
+def _braced(names: Sequence[str]) -> str:
+    """["q_proj", "v_proj"] -> "{q,v}_proj", ["fc1", "fc2"] -> "fc{1,2}": whole words and numbers
+    are shared."""
+    words = [re.findall(r"\d+|_|[^\d_]+", name) for name in names]
+    front = os.path.commonprefix(words)
+    rest = [each[len(front) :] for each in words]
+    back = os.path.commonprefix([each[::-1] for each in rest])[::-1]
+    inner = ["".join(each[: len(each) - len(back)]) for each in rest]
+    if not all(inner):
+        return "{" + ",".join(names) + "}"
+    return "".join(front) + "{" + ",".join(inner) + "}" + "".join(back)
 
 
 def _span(numbers: Sequence[int]) -> str:

@@ -88,6 +88,19 @@ def _version(distribution: str) -> str | None:
         return None
 
 
+def libraries(program: str, extras: str, optional: Collection[str] = ()) -> None:
+    """Refuse libraries that a command of a package cannot work with.
+
+    Args:
+        program: `sam2-lora`. extras: those of lora-core that the command needs, with commas.
+        optional: as for `versions`.
+
+    Raises:
+        ConfigError: see `versions` and `torchvision`.
+    """
+    check_all(lambda: versions(program, f"lora-core[{extras}]", optional=optional), torchvision)
+
+
 def torchvision() -> None:
     """Refuse a torchvision that cannot be imported, as after an update of torch alone.
 

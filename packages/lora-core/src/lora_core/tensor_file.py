@@ -72,6 +72,16 @@ def atomic_write(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
             part.unlink()
 
 
+def write_json(path: str | Path, content: object, indent: int | None = 2) -> None:
+    """Write plain values as JSON, whole or not at all.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    with atomic_write(path) as file:
+        file.write(json.dumps(content, indent=indent).encode())
+
+
 def remove_partial(folder: Path) -> None:
     """Delete the siblings that killed processes left behind in `atomic_write`, and no others."""
     for part in folder.iterdir():

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -26,40 +26,30 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import TrainOutput
 
 from lora_core import checkpoint
-from lora_core.distributed import (
-    finishing,
-    first_rank_decides,
-    together,
-    wait_for_first,
-    world_size,
-)
+from lora_core.distributed import first_rank_decides, world_size
 from lora_core.errors import ConfigError
 from lora_core.guards import Guards
 from lora_core.report import Progress, RunLog, say
 from lora_core.settings import plain
 from lora_core.training import evaluation as training_evaluation
-from lora_core.training import numerics, sharding
+from lora_core.training import numerics, session, sharding, update
 from lora_core.training import saves as training_saves
-from lora_core.training.arguments import (
-    choose_device,
-    choose_precision,
-    training_arguments,
-)
+from lora_core.training.arguments import choose_device, choose_precision, training_arguments
 from lora_core.training.checks import (
     check_depends,
     check_identity,
     check_samples,
     check_trainable,
 )
-from lora_core.training.figures import Means, Setbacks
+from lora_core.training.figures import COLUMNS, Means, Setbacks, on_a_line
 from lora_core.training.flow import Finished, Flow
 from lora_core.training.loading import Watched
 from lora_core.training.loss import Loss, LossModule
 from lora_core.training.optimizer import create_optimizer, create_schedule
-from lora_core.training.out_of_memory import Advice, explained
+from lora_core.training.out_of_memory import Advice
 from lora_core.training.schedule import EpochSampler
-from lora_core.training.shares import Shares
-from lora_core.training.signals import Signals, Stopped, name, shield_worker
+from lora_core.training.shares import Counts, Shares
+from lora_core.training.signals import Signals, shield_worker
 
 __all__ = [
     "LoraTrainer",
@@ -95,7 +85,8 @@ class LoraTrainer(Trainer):
         referenced: gives steps whose checkpoints must stay because other files refer to them.
         b_lr_ratio: learning rate of B over that of A (LoRA+).
         schedule: (update, updates) -> share of the peak learning rate, in place of the cosine.
-        count: `batch -> items` that the loss of a batch is the mean over; None: its samples.
+        count: `batch -> items` that the loss of a batch is the mean over; None: its samples; or
+            several numbers by name, see `lora_core.training.shares`.
         sharded: blocks whose frozen parameters are divided among the processes, see
             `lora_core.training.sharding`; after `train` they are whole.
         guards: what is done when something is wrong, and how many checkpoints are kept.
@@ -135,7 +126,7 @@ class LoraTrainer(Trainer):
         referenced: Callable[[], Collection[int]] = tuple,
         b_lr_ratio: float = 1.0,
         schedule: Callable[[int, int], float] | None = None,
-        count: Callable[[Any], float] | None = None,
+        count: Callable[[Any], Counts] | None = None,
         sharded: Sequence[nn.Module] = (),
         guards: Guards | None = None,
         settings: Mapping[str, Any] | None = None,
@@ -171,7 +162,7 @@ class LoraTrainer(Trainer):
         self._resumed: dict[str, Any] = {}
         self._batches: list[Any] = []  # of the update now under way
         self._random: dict[str, Any] = {}  # torch's, when it began
-        self._leaving = multiprocessing.RawValue("b", 0)  # workers may end
+        self.leaving = multiprocessing.RawValue("b", 0)  # workers may end
         self.progress: Progress | None = None  # while training
         self.samples = Watched(train_set)
         self.sampler = EpochSampler(len(train_set), args.seed)  # type: ignore[arg-type]
@@ -211,48 +202,9 @@ class LoraTrainer(Trainer):
             NumericError: a loss or gradient that is not finite, before any weight has moved; an
                 adapter that changes the base's output at the start or that does not move.
         """
-        modes = {module: module.training for module in self.network.modules()}
-        self._leaving.value, self.stop_signal = 0, 0
-        children = set(multiprocessing.active_children())
-        with ExitStack() as stack:
-            stack.enter_context(together(self.args.device))
-            stack.enter_context(self.samples.explaining())
-            stack.enter_context(explained(self.network, self._where, self.advice))
-            self.signals = stack.enter_context(Signals(self.how_to_resume()))
-            first_rank_decides(lambda: self._take_folder(stack), self.args.device)
-            if resume_from_checkpoint is True:
-                run = str(self.args.output_dir)
-                resume_from_checkpoint = first_rank_decides(
-                    lambda: str(checkpoint.latest(run)), self.args.device
-                )
-            try:
-                sharding.scatter(self.sharded)
-                output = self._train(resume_from_checkpoint or None, **kwargs)
-                sharding.gather(self.sharded)
-            finally:
-                self._leaving.value = 1
-                # A traceback keeps the loader, which would wait seconds for its workers later.
-                for worker in set(multiprocessing.active_children()) - children:
-                    worker.terminate()
-                if self.progress:
-                    self.progress.close()
-                for module, mode in modes.items():
-                    module.training = mode
-        if signal := self.stop_signal or self.signals.received:  # it may come after the last step
-            step = self.state.global_step
-            raise Stopped(
-                signal,
-                f"stopped by {name(signal)} after step {step} of {self.state.max_steps or step}; "
-                f"saved in {checkpoint.folder(self.args.output_dir, step)}{self.how_to_resume()}",
-            )
-        if self.dropped:
-            say(numerics.dropped(self.dropped))
-        return output
-
-    def _take_folder(self, stack: ExitStack) -> None:
-        """Keep other processes out of the run's folder, and clear what a killed one has left."""
-        stack.enter_context(checkpoint.lock(self.args.output_dir))
-        checkpoint.clean(self.args.output_dir)
+        return session.run(
+            self, resume_from_checkpoint, lambda folder: self._train(folder, **kwargs)
+        )
 
     def _train(self, path: str | None, **kwargs: Any) -> TrainOutput:
         if path:
@@ -279,12 +231,6 @@ class LoraTrainer(Trainer):
             total = math.ceil(self.args.num_train_epochs * updates)
         stopped = self.patience is not None and state["without_gain"] >= self.patience
         return not state.get("evaluation_due") and (state["step"] >= total or stopped)
-
-    def _where(self) -> str:
-        """What is going on, for messages."""
-        step = self.state.global_step + (self.phase == "training")
-        batch = f", {self.advice.describe(self._batches[-1])}" if self._batches else ""
-        return f"{self.phase} at step {step}{batch}"
 
     def how_to_resume(self) -> str:
         return f"; continue with: {self.resume_with}" if self.resume_with else ""
@@ -314,7 +260,7 @@ class LoraTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory,
             prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
-            worker_init_fn=partial(shield_worker, init=None, leaving=self._leaving),
+            worker_init_fn=partial(shield_worker, init=None, leaving=self.leaving),
         )
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -351,34 +297,7 @@ class LoraTrainer(Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Agree with all ranks that the update is finite, then clip; nothing was touched before."""
-        if self.scaler:
-            self.scaler.unscale_(self.plain_optimizer())
-        # Those of the optimizer: walking through a large network takes longer than the check.
-        groups = self.plain_optimizer().param_groups
-        updated = [p for group in groups for p in group["params"] if p.grad is not None]
-        norm = numerics.total_norm([p.grad for p in updated])
-        finite = torch.isfinite(sum(part["loss"] for part in self.means.update))
-        if not self.scaler:  # which expects overflows, drops the update and lowers its scale
-            finite = finite & torch.isfinite(norm)
-        if self._all_agree(finite):
-            self.means.accept()
-            if self.args.max_grad_norm > 0:
-                torch.nn.utils.clip_grads_with_norm_(updated, self.args.max_grad_norm, norm)
-        else:
-            training_saves.drop_update(self, self._batches, self._random, self._gather)
-        self._batches.clear()
-        return norm
-
-    def _all_agree(self, finite: Tensor) -> bool:
-        """Whether it is finite on all ranks; tells of signals on the way, for the same price."""
-        if self.args.world_size == 1:
-            self.stop_signal = self.signals.received
-            return bool(finite)
-        received = torch.tensor(self.signals.received, device=finite.device)
-        flags = torch.stack([(~finite).to(received.dtype), received])
-        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-        broken, self.stop_signal = (int(flag) for flag in flags.tolist())
-        return not broken
+        return update.clip(self)
 
     def _gather(self, value: Any) -> list[Any]:
         """Give the values of all ranks, in their order."""
@@ -413,15 +332,6 @@ class LoraTrainer(Trainer):
             )
         return metrics
 
-    def from_first(self, answer: dict[str, Any]) -> dict[str, Any]:
-        """Give all ranks what rank 0 has, however long they have to wait for it."""
-        answers: list[Any] = [answer]
-        if self.args.world_size > 1:
-            wait_for_first()
-            broadcast_object_list(answers)
-        shared: dict[str, Any] = answers[0]
-        return shared
-
     # -- figures -------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -437,17 +347,15 @@ class LoraTrainer(Trainer):
         step = self.state.global_step
         figures = {"epoch": self.state.epoch, **means, "lr": lr, "grad_norm": grad_norm}
         self.write_row(step, "train", figures)
-        if self.progress:
-            self.progress.report(step, **{name: means[name] for name in ("loss", *means)}, lr=lr)
+        if progress := self.progress:
+            columns = shutil.get_terminal_size().columns - 1 if progress.live else COLUMNS
+            shown = on_a_line(means, {"lr": lr}, progress.total, min(columns, COLUMNS))
+            progress.report(step, **shown)
 
     def write_row(self, step: int, split: str, figures: dict[str, Any]) -> None:
         if self.run_log:
             with self.setbacks.tolerated("writing the log", step):
                 self.run_log.write(step, split, **figures, seconds=self.seconds)
-
-    def learning_rate(self) -> float:
-        rate: float = self._get_learning_rate()
-        return rate
 
     @property
     def seconds(self) -> float:
@@ -465,44 +373,11 @@ class LoraTrainer(Trainer):
         save_adapter(self.network, path)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """Write adapter, optimizer, schedule, random states and counters; nothing of the base."""
         self.phase = "saving"
-        ranks = self._gather(training_saves.own_state(self))
-
-        def write() -> dict[str, Any] | None:
-            try:
-                with finishing():
-                    training_saves.write(self, ranks)
-            except Exception as error:
-                error.add_note(f"while saving at step {self.state.global_step}")
-                raise
-            return self.best  # where saving has failed it is the one before
-
-        with sharding.whole(self.sharded):
-            self.best = first_rank_decides(write, self.args.device)
-        self.new_best = False
+        training_saves.save(self)
         # All wait here, and hear of a signal that came meanwhile.
-        self._all_agree(torch.tensor(True, device=self.args.device))
+        update.all_agree(self, torch.tensor(True, device=self.args.device))
         self.phase = "training"
-
-    def is_last_save(self) -> bool:
-        """Whether the training ends here, so that a failed save cannot be made up for."""
-        return self.control.should_training_stop or self.state.global_step >= self.state.max_steps
-
-    def world(self) -> dict[str, int]:
-        return {
-            "processes": self.args.world_size,
-            "batch_size": self.args.per_device_train_batch_size,
-            "accumulation": self.args.gradient_accumulation_steps,
-        }
-
-    def record(self) -> dict[str, Any]:
-        """What a checkpoint's manifest says of the run."""
-        return {
-            "config": self.settings,
-            "fingerprints": self.fingerprints,
-            "world": self.world(),
-        }
 
     @property
     def scaler(self) -> Any:
@@ -512,9 +387,6 @@ class LoraTrainer(Trainer):
     def plain_optimizer(self) -> torch.optim.Optimizer:
         wrapped: Any = self.optimizer
         return getattr(wrapped, "optimizer", wrapped)  # accelerate wraps it
-
-    def names(self) -> dict[int, str]:
-        return {id(parameter): name for name, parameter in self.network.named_parameters()}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         training_saves.restore(self, resume_from_checkpoint, self._resumed)

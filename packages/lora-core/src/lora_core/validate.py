@@ -32,6 +32,28 @@ REPORT = "bad_samples.jsonl"
 MOST_BYTES = 2**28  # of remembered outcomes of one data set; then they are begun anew
 
 T = TypeVar("T")
+V = TypeVar("V")
+Share = Callable[[Callable[[], Any]], Any]
+
+
+# -- in a run of several processes ---------------------------------------------------------------
+
+
+def read_and_settle(read: Callable[[], T], settle: Callable[[T], V], share: Share) -> tuple[T, V]:
+    """What `read` gives in each process, and what `settle` makes of it in the first one.
+
+    Args:
+        share: calls its argument in the first process of the run and gives its value in all, such
+            as `first_rank_decides`: samples are looked at once, and all leave out the same.
+    """
+    here: list[T] = []
+
+    def first() -> V:
+        here.append(read())
+        return settle(here[0])
+
+    settled = share(first)
+    return (here[0] if here else read()), settled
 
 
 # -- looking at all samples ------------------------------------------------------------------------

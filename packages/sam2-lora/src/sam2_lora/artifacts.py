@@ -13,7 +13,6 @@ logs/training_metrics_lora_20261121_0915.csv
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -21,10 +20,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_core import settings
-from lora_core.config import dump, parse
+from lora_core.config import dump
 from lora_core.errors import CheckpointError, ConfigError, UserError
 from lora_core.report import say
+from lora_core.run_folder import RunFolder, named, travelling
 from lora_core.settings import as_yaml
 from sam2_lora.config import Config
 
@@ -44,24 +43,10 @@ _LATEST = re.compile(r"latest_lora_step(?P<step>\d+)\.torch")
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(RunFolder):
     """Where a run lives; its stamp `20261121_0915` is also in the name of its CSV."""
 
-    folder: Path
     stamp: str
-
-    @property
-    def config(self) -> Path:
-        return self.folder / "config.yaml"
-
-    @property
-    def state(self) -> Path:
-        return self.folder / "state"
-
-    @property
-    def summary(self) -> Path:
-        """Written last, when the whole run is through."""
-        return self.folder / "training_summary.json"
 
     def csv(self, cfg: Config) -> Path:
         return Path(cfg.logs_dir) / f"training_metrics_lora_{self.stamp}.csv"
@@ -105,11 +90,11 @@ def new_run(cfg: Config, size: str) -> Run:
 def unfinished(cfg: Config) -> Path | None:
     """The latest run in the output folder with the same settings that stopped before its end."""
     for folder in sorted(Path(cfg.output_dir).glob("sam2_*"), key=_started, reverse=True):
-        saved = any(folder.glob("state/checkpoint-*/"))
-        stopped = saved and not (folder / "training_summary.json").exists()
-        if stopped and (folder / "config.yaml").is_file():
+        run = RunFolder(folder)
+        saved = any(run.state.glob("checkpoint-*/"))
+        if saved and run.config.is_file() and not run.summary.exists():
             try:
-                stored = parse(Config, ["--config", str(folder / "config.yaml")], prog="")
+                stored = run.settings(Config)
             except UserError:  # of another version
                 continue
             if _asked_for(stored) == _asked_for(cfg):
@@ -138,10 +123,7 @@ def find_run(resume: str) -> Run:
     Raises:
         CheckpointError: no such run, or an adapter without the state that continuing needs.
     """
-    path = Path(resume)
-    if not path.exists():
-        raise CheckpointError(f"--resume {path.absolute()}: no such file or folder")
-    folder = path if path.is_dir() else path.parent
+    path, folder = named(resume)
     hint = f" To start from its weights alone: --adapter {resume}" if _may_adapt(path) else ""
     stamp = _stamp(folder)
     if stamp is None:
@@ -180,11 +162,6 @@ def checkpoint_of(run: Run, resume: str) -> str | bool:
     return str(checkpoint.folder(run.state, int(name["step"])))
 
 
-def without_places(cfg: Config) -> dict[str, Any]:
-    """The settings as plain values that hold wherever the run is copied to."""
-    return {name: value for name, value in settings.plain(cfg).items() if name not in PLACES}
-
-
 def plain(value: float) -> str:
     """Write a learning rate as people do: 1e-3, 2.5e-4."""
     mantissa, exponent = f"{value:e}".split("e")
@@ -207,7 +184,7 @@ class Artifacts:
         facts = self._facts(step, metrics)
         save_adapter(self.model, self.run.folder / f"best_lora_{name}", facts)
         export(self.model, self.run.folder / f"best_merged_{name}", overwrite=True)
-        save_adapter(self.model, self.run.folder / "adapter", facts)
+        save_adapter(self.model, self.run.adapter, facts)
         self._forget_worse()
 
     def latest(self, step: int) -> None:
@@ -235,12 +212,10 @@ class Artifacts:
         )
         if not has_best:
             export(self.model, self.run.folder / f"final_merged_step{step}.torch", overwrite=True)
-            save_adapter(self.model, self.run.folder / "adapter", self._facts(step))
+            save_adapter(self.model, self.run.adapter, self._facts(step))
 
     def summary(self, **values: Any) -> None:
         """Write `training_summary.json`: the guide's fields, and what is given here."""
-        from lora_core.tensor_file import atomic_write
-
         cfg = self.cfg
         content = {
             "model_size": self.model.sam2_base.variant,
@@ -258,8 +233,7 @@ class Artifacts:
             "note": "IoU is the mean over objects from one click, at original resolution.",
             **values,
         }
-        with atomic_write(self.run.summary) as file:
-            file.write(json.dumps(content, indent=2).encode())
+        self.run.write_summary(content)
 
     def _facts(self, step: int, metrics: Mapping[str, float] | None = None) -> dict[str, Any]:
         """What an adapter file says about its making; `state` leads back to the whole state."""
@@ -276,7 +250,7 @@ class Artifacts:
             "seed": self.cfg.seed,
             "data": self.data,
             "commit": commit(),
-            "settings": without_places(self.cfg),
+            "settings": travelling(self.cfg, PLACES),
         }
         if metrics is not None:
             facts |= {"iou": metrics["iou"], "dice": metrics["dice"]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -10,6 +9,7 @@ from typing import Any, Literal
 from lora_core.config import MAX_FLOAT, option
 from lora_core.errors import ConfigError, near
 from lora_core.guards import Guards, count_problem, unnamed
+from lora_core.pictures import input_size
 from lora_core.settings.types import shown
 
 AT_LEAST_ONE = (
@@ -228,16 +228,7 @@ def parse_size(text: str) -> tuple[int, int]:
     Raises:
         ConfigError: anything else, with the nearest size that works.
     """
-    text = str(text)
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(re.fullmatch("[0-9]{1,15}", side) for side in sides):
-        raise ConfigError(
-            f"--image_size {shown(text)}: expected 1024 or HEIGHTxWIDTH such as 256x1600"
-        )
-    numbers = [int(side) for side in sides]
-    if max(numbers) > LARGEST_SIDE:
-        raise ConfigError(f"--image_size {text}: a side is at most {LARGEST_SIDE} pixels")
-    if any(number < STRIDE or number % STRIDE for number in numbers):
-        nearest = "x".join(str(max(1, round(number / STRIDE)) * STRIDE) for number in numbers)
-        raise ConfigError(f"--image_size {text}: not multiples of {STRIDE}; try {nearest}")
-    return numbers[0], numbers[-1]
+    such_as = "1024 or HEIGHTxWIDTH such as 256x1600"
+    return input_size.parse_size(
+        text, "--image_size", multiple=STRIDE, largest=LARGEST_SIDE, such_as=such_as
+    )

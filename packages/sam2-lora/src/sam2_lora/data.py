@@ -25,17 +25,16 @@ from lora_core.errors import printable
 from lora_core.pictures import survey
 from lora_core.pictures.files import read_image
 from lora_core.pictures.masks import Object, Size, resized
-from lora_core.pictures.reading import Reading
-from lora_core.pictures.survey import Surveyed, left_out, remarks, without
+from lora_core.pictures.survey import left_out, remarks, without
 from lora_core.report import plural, table
-from lora_core.training.loading import retried
-from lora_core.validate import Bad
+from lora_core.training.loading import EpochDataset, retried
+from lora_core.validate import Bad, Share, read_and_settle
 from sam2_lora.config import Config
 from sam2_lora.formats import SPLITS
 from sam2_lora.image import preprocess, to_model_boxes, to_model_points
 from sam2_lora.prompts import Mask, box_of, jittered, random_pixel
 from sam2_lora.records import Record
-from sam2_lora.survey import Counts, Parts, counted, looking, objects_of, read_parts, settled
+from sam2_lora.survey import Counts, counted, looking, objects_of, read_parts, settled
 
 MAX_LISTED = 20  # classes in the printed table
 
@@ -54,7 +53,7 @@ class Sample(NamedTuple):
     seed: int  # for what is drawn later, such as correction clicks
 
 
-class TrainSet(Dataset[Sample]):
+class TrainSet(EpochDataset[Record, Sample]):
     """Pictures as training samples: flipped, with at most `max_objects` objects and prompts.
 
     A picture without objects gives one empty target under a random click: it trains the object
@@ -66,26 +65,12 @@ class TrainSet(Dataset[Sample]):
     """
 
     def __init__(self, records: Sequence[Record], cfg: Config, counts: Sequence[int] = ()) -> None:
-        self.records = list(records)
+        super().__init__(records, cfg.seed)
         self.cfg, self.counts = cfg, counts
         self.features: Callable[[Record], dict[str, Tensor]] | None = None
-        # Shared memory: workers that outlive an epoch must hear of the next one.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose flips, prompts and choices of objects the samples show."""
-        self._epoch.fill_(epoch)
-
-    def name_of(self, index: int) -> str:
-        """The picture's name, for messages."""
-        return self.records[index].key
-
-    def __len__(self) -> int:
-        return len(self.records)
 
     def __getitem__(self, index: int) -> Sample:
-        record, size = self.records[index], self.cfg.size
-        rng = np.random.default_rng([self.cfg.seed % 2**32, int(self._epoch), index])
+        record, size, rng = self.records[index], self.cfg.size, self.rng(index)
         flip = self.cfg.hflip and bool(rng.random() < 0.5)
         found = retried(lambda: objects_of(record, self.cfg))
         if flip:
@@ -293,7 +278,7 @@ def fingerprint(splits: Splits) -> str:
     return survey.fingerprint(parts, looking(splits.train.cfg))
 
 
-def load(cfg: Config, share: Callable[[Callable[[], Any]], Any] = lambda make: make()) -> Splits:
+def load(cfg: Config, share: Share = lambda make: make()) -> Splits:
     """Read a data set as `cfg` describes it, and look at every picture and annotation.
 
     Without a validation split, `cfg.val_fraction` of the training pictures become one. Bad samples
@@ -308,18 +293,11 @@ def load(cfg: Config, share: Callable[[Callable[[], Any]], Any] = lambda make: m
             pictures here than in the first process.
         ConfigError: `cfg.dataset_size` names a subset that does not exist.
     """
-    here: list[tuple[Parts, Reading]] = []
-
-    def first() -> tuple[Surveyed, list[Bad]]:
-        parts, known, reading = read_parts(cfg, tuple(SPLITS))
-        here.append((parts, reading))
-        return settled(parts, known, cfg)
-
-    facts, bad = share(first)
-    if not here:
-        parts, _, reading = read_parts(cfg, tuple(SPLITS))
-        here.append((parts, reading))
-    parts, reading = here[0]
+    (parts, _, reading), (facts, bad) = read_and_settle(
+        lambda: read_parts(cfg, tuple(SPLITS)),
+        lambda found: settled(found[0], found[1], cfg),
+        share,
+    )
     parts = without(parts, bad, facts, Path(cfg.data_root))
     counts = counted(parts, facts, cfg, reading)
     notes = reading.said() + remarks(parts) + left_out(bad)

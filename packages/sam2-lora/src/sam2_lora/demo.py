@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lora_core.errors import DataError, UserError
+from lora_core.pictures.write_coco import Annotated, write_coco
 
 HERE = Path(__file__).parent
 SPLITS = ("train", "val", "test")
@@ -29,7 +30,6 @@ VISIBLE = 0.7  # an object belongs to a cut-out that shows at least so much of i
 
 Mask = NDArray[np.bool_]
 Labelled = tuple[str, Mask]
-Picture = tuple[str, list[Labelled]]  # file name, objects
 Plane = NDArray[np.float32]
 
 
@@ -75,7 +75,7 @@ def write_photos(folder: str | Path, seed: int = 0) -> Path:
     folder, index = Path(folder), photo_index()
     for split in SPLITS:
         (folder / split).mkdir(parents=True, exist_ok=True)
-        pictures: list[Picture] = []
+        pictures: list[Annotated] = []
         for name, facts in index.items():
             if facts["split"] != split:
                 continue
@@ -83,9 +83,9 @@ def write_photos(folder: str | Path, seed: int = 0) -> Path:
             for number, (x, y, width, height) in enumerate(facts["boxes"]):
                 file = f"{Path(name).stem}_{number}.png"
                 whole.crop((x, y, x + width, y + height)).save(folder / split / file)
-                pictures.append((file, _inside(everything, (x, y, width, height))))
-        text = json.dumps(coco(pictures), separators=(",", ":"))
-        (folder / split / "_annotations.coco.json").write_text(text + "\n", encoding="utf-8")
+                shown = _inside(everything, (x, y, width, height))
+                pictures.append(Annotated(file, (height, width), shown))
+        write_coco(folder / split, pictures)
     return folder
 
 
@@ -103,14 +103,6 @@ def decode(counts: Sequence[int], size: Sequence[int]) -> Mask:
     """Mask bool [H, W] from run lengths that alternate background, foreground down the columns."""
     runs = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
     return runs.reshape(size[1], size[0]).T
-
-
-def encode(mask: Mask) -> list[int]:
-    """Run lengths of a mask bool [H, W]: the inverse of `decode`."""
-    column_major = mask.T.ravel()
-    borders = np.flatnonzero(column_major[1:] != column_major[:-1]) + 1
-    runs = np.diff(borders, prepend=0, append=column_major.size).tolist()
-    return [0, *runs] if column_major[0] else runs
 
 
 def masks(facts: dict[str, Any]) -> list[Labelled]:
@@ -141,33 +133,6 @@ def photo(name: str, size: Sequence[int]) -> Image.Image:
             "the demo's masks belong to scikit-image 0.25 and 0.26"
         )
     return photo
-
-
-def coco(pictures: Sequence[Picture]) -> dict[str, list[Any]]:
-    """One split as COCO: images, categories (alphabetical) and annotations."""
-    labels = sorted({label for _, objects in pictures for label, _ in objects})
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for image_id, (name, objects) in enumerate(pictures, start=1):
-        height, width = objects[0][1].shape
-        images.append({"id": image_id, "file_name": name, "width": width, "height": height})
-        for label, mask in objects:
-            rows, columns = np.nonzero(mask)
-            left, top = int(columns.min()), int(rows.min())
-            extent = [int(columns.max()) - left + 1, int(rows.max()) - top + 1]
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": labels.index(label) + 1,
-                    "segmentation": {"size": [height, width], "counts": encode(mask)},
-                    "bbox": [left, top, *extent],
-                    "area": len(rows),
-                    "iscrowd": 0,
-                }
-            )
-    categories = [{"id": k, "name": label} for k, label in enumerate(labels, start=1)]
-    return {"images": images, "categories": categories, "annotations": annotations}
 
 
 # -- steel -------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ test photographs play no part in training or in choosing the best step.
 
 from __future__ import annotations
 
-import shutil
 import statistics
 import time
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_core.config import MAX_FLOAT, option, parse
+from lora_core.demo_folder import empty_folder, typed, words
 from lora_core.errors import ConfigError
 from lora_core.guards import count_problem
 from lora_core.preflight import writable
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from sam2_lora.data import EvalSet
     from sam2_lora.predictor import Predictor
 
-MARK = "sam2-lora demo\n"  # content of a file in every folder that the demo may delete
 COLUMNS = ("IoU point", "Dice point", "IoU box", "Dice box")
 
 
@@ -63,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     began = time.monotonic()
     writable(options.output, "--output")
-    folder = empty_folder(Path(options.output), options.overwrite)
+    folder = empty_folder(Path(options.output), "sam2-lora", options.overwrite)
     from sam2_lora import demo
 
     demo.write(folder / "data")
@@ -72,24 +71,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     report(folder, runs)
     say(f"\ndone in {duration(time.monotonic() - began)}")
     return 0
-
-
-def empty_folder(folder: Path, overwrite: bool) -> Path:
-    """Make the output folder; an earlier demo's is deleted if `overwrite` says so.
-
-    Raises:
-        ConfigError: there is something, and it is no demo, or may not be replaced.
-    """
-    mark = folder / ".demo"
-    if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
-        if not (mark.is_file() and mark.read_text() == MARK):
-            raise ConfigError(f"--output {folder.absolute()} exists and was not made by a demo")
-        if not overwrite:
-            raise ConfigError(f"--output {folder.absolute()} exists: add --overwrite")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    mark.write_text(MARK)
-    return folder
 
 
 def base_of(folder: Path) -> Path:
@@ -103,7 +84,7 @@ def train(options: Options, folder: Path, seed: int) -> Run:
     from sam2_lora.train import train as run
 
     runs = folder / "runs" / f"seed{seed}"
-    words = {
+    settings = {
         "data_root": folder / "data" / "photos",
         "checkpoint": base_of(folder),
         "image_size": 128,
@@ -118,8 +99,8 @@ def train(options: Options, folder: Path, seed: int) -> Run:
         "output_dir": runs,
         "logs_dir": runs / "logs",
     }
-    argv = [word for name, value in words.items() for word in (f"--{name}", str(value))]
-    say(f"sam2-lora train {' '.join(argv)}\n")
+    argv = words(settings)
+    say(f"{typed(['sam2-lora', 'train', *argv])}\n")
     run(argv)
     return find_run(str(next(path for path in runs.iterdir() if path.name != "logs")))
 

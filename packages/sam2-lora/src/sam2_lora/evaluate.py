@@ -20,17 +20,10 @@ from lora_core.config import option, parse
 from lora_core.errors import ConfigError, DataError
 from lora_core.guards import unnamed
 from lora_core.preflight import writable
-from sam2_lora.config import (
-    Config,
-    DataFormat,
-    Device,
-    MaskKind,
-    ObjectRule,
-    Precision,
-    parse_size,
-)
+from sam2_lora.config import Config, DataFormat, MaskKind, ObjectRule
 from sam2_lora.evaluation_files import COLUMNS as COLUMNS
 from sam2_lora.evaluation_files import csv_rows, write
+from sam2_lora.model_options import ModelOptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,17 +42,10 @@ TIMED_PICTURES = 20
 NAME_BYTES = 100  # of each half of an overlay's file name, of at most 255 in all
 
 
-@dataclass
-class Options:
+@dataclass(kw_only=True)
+class Options(ModelOptions):
     """Settings of `sam2-lora evaluate`."""
 
-    checkpoint: str = option(
-        Config.checkpoint, "Base model, or a merged model (then without --adapter).", "model"
-    )
-    adapter: str | None = option(None, "Adapter directory or .torch file.", "model")
-    allow_partial: bool = option(
-        False, "Use what fits of an adapter with missing or unexpected tensors.", "model"
-    )
     data_root: str = option(Config.data_root, "As in training: the folder of the splits.", "data")
     split: Literal["test", "val"] = option("test", "Which pictures to score.", "data")
     max_images: int = option(0, "Score a fixed subset of this many pictures; 0 is all.", "data")
@@ -73,15 +59,6 @@ class Options:
     on_bad_sample: Literal["stop", "skip"] = option("stop", "As in training.", "data")
     max_bad_fraction: float = option(Config.max_bad_fraction, "As in training.", "data")
     follow_links: bool = option(Config.follow_links, "As in training.", "data")
-    image_size: str | None = option(
-        None,
-        "Model input such as 1024 or 256x1600; default: the adapter's or checkpoint's own.",
-        "model",
-    )
-    precision: Precision = option(
-        "auto", "Mixed precision; auto is fp32 on the CPU, bf16 or fp16 on a GPU.", "model"
-    )
-    device: Device = option("auto", "Where to compute.", "model")
     compare_base: bool = option(True, "With --adapter: score the base model too.", "output")
     examples: int = option(8, "Overlays of so many pictures: base, LoRA, truth.", "output")
     exp_id: str | None = option(
@@ -132,18 +109,9 @@ def main(argv: Sequence[str]) -> int:
     writable(options.output_dir, "--output_dir")
 
     from lora_core.report import say
-    from sam2_lora.predictor import Predictor
 
     pictures = load_pictures(options)
-    size = parse_size(options.image_size) if options.image_size else None
-    predictor = Predictor.load(
-        options.checkpoint,
-        options.adapter,
-        size,
-        options.device,
-        options.precision,
-        options.allow_partial,
-    )
+    predictor = options.predictor()
     figures = score(predictor, pictures, options)
     say("\n".join([report(figures), *(f"note: {note}" for note in pictures.notes)]))
     folder = Path(options.output_dir)

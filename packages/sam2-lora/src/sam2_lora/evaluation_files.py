@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Sequence
 from datetime import datetime
@@ -82,7 +81,7 @@ def write(
     options: Options,
 ) -> None:
     """Append the rows to `evaluation.csv` and write the JSON."""
-    from lora_core.tensor_file import atomic_write
+    from lora_core.tensor_file import atomic_write, write_json
 
     table = folder / "evaluation.csv"
     # As bytes: a spreadsheet may have saved it in another encoding, or without its last line end.
@@ -104,8 +103,7 @@ def write(
         "data_root": options.data_root,
         "figures": {name: _finite(values) for name, values in figures.items()},
     }
-    with atomic_write(folder / f"{options.name}.json") as file:
-        file.write(json.dumps(content, indent=2).encode())
+    write_json(folder / f"{options.name}.json", content)
 
 
 def _finite(values: dict[str, float]) -> dict[str, float | None]:

@@ -7,7 +7,6 @@ the live adapted model.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,18 +18,19 @@ import torch
 from torch import Tensor
 
 from lora_core.base_file import SUFFIXES, WEIGHTS
-from lora_core.errors import CheckpointError, ConfigError, NumericError
+from lora_core.errors import ConfigError, NumericError
 from lora_core.merged_file import (
     check_written,
     exact,
     move,
     private_folder,
+    refuse_changed,
     refuse_existing,
     same_bits,
     write_tensors,
 )
 from lora_core.merging import merged_state_dict
-from lora_core.tensor_file import atomic_write
+from lora_core.tensor_file import write_json
 from sam2_lora.model import (
     base_fingerprint,
     decode,
@@ -103,7 +103,7 @@ def export(
         refuse_existing(part, overwrite)
     if base.path.resolve() in {part.resolve() for part in parts}:
         raise ConfigError(f"{output} is the base itself: choose another --output")
-    _check_unchanged(model, base)
+    refuse_changed(base.path, base_fingerprint(base), model.sam2_base.fingerprint)
     merged = merged_file(model, base, dtype)
     if output.suffix not in SUFFIXES and base.format != "transformers":
         merged = replace(merged, tensors=merged.image)  # a new folder is a Sam2Model
@@ -130,13 +130,6 @@ def merged_file(
     return replace(base, tensors=merged_state_dict(model, tensors, rename=module_to_official))
 
 
-def _check_unchanged(model: Sam2Model, base: OfficialFile) -> None:
-    if base_fingerprint(base) != model.sam2_base.fingerprint:
-        raise CheckpointError(
-            f"{base.path} has changed since the model was built from it: put the old file back"
-        )
-
-
 # -- writing -------------------------------------------------------------------------------------
 
 
@@ -144,8 +137,7 @@ def _write(path: Path, merged: OfficialFile, base: OfficialFile) -> None:
     if path.suffix in SUFFIXES:
         write_official(path, merged.tensors)
         for config in _parts(path, base)[:-1]:
-            with atomic_write(config) as file:
-                file.write(json.dumps(base.variant.config, indent=2).encode())
+            write_json(config, base.variant.config)
         return
     write_tensors(path / WEIGHTS, to_transformers(merged.tensors))
     if base.format == "transformers":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lora_core.config import option, parse
-from lora_core.errors import CheckpointError, ConfigError, listing
+from lora_core.errors import ConfigError, listing
 from lora_core.guards import unnamed
 from lora_core.preflight import writable
 from lora_core.report import say
@@ -64,31 +64,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Merge an adapter into its base model.",
     )
     writable(Path(options.output).absolute().parent, "--output")
-    from lora_core.merged_file import refuse_existing
+    from lora_core.merged_file import find_base, refuse_existing
     from sam2_lora.export import export
     from sam2_lora.model import load
+    from sam2_lora.official import find_checkpoint
 
     refuse_existing(Path(options.output), options.overwrite)
-    base = options.checkpoint or _recorded_base(options.adapter)
+    base = options.checkpoint or find_base(options.adapter, find_checkpoint)
     model = load(base, None, options.adapter, options.allow_partial)
     merged = export(model, options.output, options.dtype, options.overwrite)
     say(merged)
     _mention_limits(model, merged)
     return 0
-
-
-def _recorded_base(adapter: str) -> Path:
-    """The base file whose name the adapter holds, if it lies in one of the usual places."""
-    from lora_core.merged_file import recorded_base
-    from sam2_lora.official import find_checkpoint
-
-    base = recorded_base(adapter)
-    try:
-        return find_checkpoint(base)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{error}\n{adapter} was trained on it: add --checkpoint FILE"
-        ) from None
 
 
 def _mention_limits(model: Sam2Model, merged: Merged) -> None:

@@ -5,7 +5,6 @@ How it is run is in `forward`, whose names are here too.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +14,9 @@ import torch
 
 from lora_core import base_file, preflight
 from lora_core.adapters import file as adapter_file
-from lora_core.adapters.match import size_limit
+from lora_core.adapters import on_base
 from lora_core.cache import fingerprint
 from lora_core.errors import CheckpointError
-from lora_core.report import say
 from sam2_lora import names, official
 from sam2_lora.config import Config
 from sam2_lora.forward import Decoded as Decoded
@@ -48,14 +46,9 @@ def enable_gradient_checkpointing(model: Sam2Model) -> None:
 
 
 @dataclass(frozen=True)
-class Base:
+class Base(base_file.Base):
     """Where a network's frozen weights came from; `model.sam2_base`."""
 
-    path: Path  # absolute
-    name: str  # without folders; a hub id as it was given
-    format: str  # see official.OfficialFile
-    variant: str  # published name or "custom"
-    fingerprint: str | None  # see base_fingerprint; None: the values were not read
     has_video: bool  # whether the file holds the video memory too
 
 
@@ -151,8 +144,7 @@ def glance(cfg: Config) -> None:
     Raises:
         CheckpointError: a missing adapter, or what `skeleton` raises.
     """
-    if cfg.adapter and not os.path.exists(cfg.adapter):
-        raise CheckpointError(f"--adapter {Path(cfg.adapter).absolute()} does not exist")
+    on_base.refuse_missing(cfg.adapter)
     if official.find_local(cfg.checkpoint):
         skeleton(cfg)
 
@@ -181,11 +173,7 @@ def network(variant: official.Variant) -> Sam2Model:
 
 def adapter_metadata(model: Sam2Model) -> dict[str, Any]:
     """What an adapter must remember to be used correctly: its base and its image size."""
-    base = model.sam2_base
-    return {
-        "base": {"file": base.name, "variant": base.variant, "fingerprint": base.fingerprint},
-        "image_size": list(image_size(model)),
-    }
+    return on_base.metadata(model.sam2_base, image_size(model))
 
 
 def save_adapter(
@@ -210,18 +198,11 @@ def load_adapter(model: Sam2Model, path: str | Path, allow_partial: bool = False
     Raises:
         CheckpointError: unusable file, or the adapter of another base.
     """
-    file = adapter_file.read_adapter(path, size_limit(model))
-    base = model.sam2_base
-    here = f"{base.path} ({base.variant})"
-    base_file.refuse_other_base(path, file.metadata, here, base.fingerprint)
-    alpha = None if file.config else Config.lora_alpha
-    adapter_file.load_adapter(
+    return on_base.load(
         model,
-        file,
+        path,
+        model.sam2_base,
+        Config.lora_alpha,
         rename=names.module_to_official,
-        lora_alpha=alpha,
         allow_partial=allow_partial,
     )
-    if alpha is not None:
-        say(f"{path} holds tensors only: lora_alpha is taken to be {alpha}, the default")
-    return file.metadata

@@ -86,19 +86,10 @@ def adapt(model: Sam2Model, cfg: Config) -> Summary:
         RuntimeError: other layers than intended were adapted, as after a change of names in the
             library; training would be worth nothing.
     """
-    from lora_core.injection import inject, lora_layers
+    from lora_core.injection import inject
+    from lora_core.overview import require_linears
 
     summary = inject(model, lora_config(cfg))
     wanted = [pair for role in roles(cfg) for pair in linears(model.config, role)]
-    layers, parameters = len(lora_layers(model)), _trainable(model)
-    expected = cfg.lora_rank * sum(map(sum, wanted))
-    if (layers, parameters) != (len(wanted), expected):
-        raise RuntimeError(
-            f"--targets {cfg.targets} adapted {layers} layers with {parameters} trainable "
-            f"parameters instead of {len(wanted)} with {expected}"
-        )
+    require_linears(summary, wanted, cfg.lora_rank, f"--targets {cfg.targets}")
     return summary
-
-
-def _trainable(model: Sam2Model) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -7,7 +7,6 @@ For every picture it writes `<stem>_mask.png` (0 background, 1, 2, ... the insta
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import MISSING, dataclass
@@ -23,7 +22,8 @@ from lora_core.guards import unnamed
 from lora_core.preflight import writable
 from lora_core.report import plural, say
 from lora_core.settings.types import shown
-from sam2_lora.config import Config, Device, Precision, parse_size
+from sam2_lora.config import parse_size
+from sam2_lora.model_options import ModelOptions
 from sam2_lora.user_prompts import Prompt, read_prompts
 
 if TYPE_CHECKING:
@@ -33,18 +33,11 @@ if TYPE_CHECKING:
 OVERLAY = "_overlay.png"
 
 
-@dataclass
-class Options:
+@dataclass(kw_only=True)
+class Options(ModelOptions):
     """Settings of `sam2-lora predict`."""
 
     images: list[str] = option(MISSING, "Pictures, or folders of pictures.", "input")
-    checkpoint: str = option(
-        Config.checkpoint, "Base model, or a merged model (then without --adapter).", "model"
-    )
-    adapter: str | None = option(None, "Adapter directory or .torch file.", "model")
-    allow_partial: bool = option(
-        False, "Use what fits of an adapter with missing or unexpected tensors.", "model"
-    )
     points: list[str] = option(
         [], "Clicks x,y in pixels, all on one object of each picture.", "prompts"
     )
@@ -78,15 +71,6 @@ class Options:
         "than the objects; 0: never.",
         "automatic",
     )
-    image_size: str | None = option(
-        None,
-        "Model input such as 1024 or 256x1600; default: the adapter's or checkpoint's own.",
-        "model",
-    )
-    precision: Precision = option(
-        "auto", "Mixed precision; auto is fp32 on the CPU, bf16 or fp16 on a GPU.", "model"
-    )
-    device: Device = option("auto", "Where to compute.", "model")
     output: str = option("predictions", "Folder for the results.", "output")
     compare_base: bool = option(
         True, "With --adapter: show the base model's masks beside the adapted ones.", "output"
@@ -139,23 +123,13 @@ def main(argv: Sequence[str]) -> int:
     images = find_images(options.images)
     prompts = read_prompts(images, options.points, options.labels, options.boxes, options.prompts)
 
-    from lora_core.tensor_file import atomic_write
-    from sam2_lora.predictor import Predictor
+    from lora_core.tensor_file import write_json
 
-    size = parse_size(options.image_size) if options.image_size else None
-    predictor = Predictor.load(
-        options.checkpoint,
-        options.adapter,
-        size,
-        options.device,
-        options.precision,
-        options.allow_partial,
-    )
+    predictor = options.predictor()
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     content = coco(predict_all(predictor, prompts, options))
-    with atomic_write(folder / "predictions.json") as file:
-        file.write(json.dumps(content).encode())
+    write_json(folder / "predictions.json", content, indent=None)
     say(f"{plural(len(images), 'picture')} -> {folder.absolute()}")
     if not content["annotations"]:
         say("nothing found: try a lower --min_score and --min_stability, or give points")

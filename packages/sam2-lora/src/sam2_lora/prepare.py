@@ -12,13 +12,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_core.config import option, parse
+from lora_core.data_file import new_tree
 from lora_core.errors import ConfigError, DataError, one_line, printable
 from lora_core.guards import unnamed
 from lora_core.preflight import writable
@@ -113,25 +113,13 @@ def prepare(options: Options) -> dict[str, int]:
     parts, bad, notes = read_parts(options)
     for note in notes:
         say(printable(f"note: {note}"))
-    try:
-        with tempfile.TemporaryDirectory(
-            prefix=f".{output.name}.", dir=_made(output.parent)
-        ) as new:
-            made = write_tree(Path(new) / "tree", parts, options)
-            if bad:
-                write_report(Path(new) / "tree" / REPORT, bad)
-                left_out = plural(len(samples(bad)), "bad sample")
-                say(f"note: {left_out} left out: see {output / REPORT}")
-            _put_in_place(Path(new), output)
-    except OSError as error:
-        file = one_line(error.filename or output)  # it may be a picture that is gone meanwhile
-        raise DataError(f"{output}: cannot be written: {file}: {error.strerror}") from error
+    with new_tree(output) as tree:
+        made = write_tree(tree, parts, options)
+        if bad:
+            write_report(tree / REPORT, bad)
+            left_out = plural(len(samples(bad)), "bad sample")
+            say(f"note: {left_out} left out: see {output / REPORT}")
     return made
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _check_output(output: Path, options: Options) -> None:
@@ -270,15 +258,3 @@ def _link(existing: Path, new: Path) -> None:
         os.link(existing, new)
     except OSError:
         shutil.copyfile(existing, new)
-
-
-def _put_in_place(folder: Path, output: Path) -> None:
-    """Rename the finished tree to its name; an older one is kept until that has worked."""
-    if output.exists():
-        output.rename(folder / "old")
-    try:
-        (folder / "tree").rename(output)
-    except OSError:
-        if (folder / "old").exists():
-            (folder / "old").rename(output)
-        raise

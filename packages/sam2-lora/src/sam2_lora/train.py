@@ -14,15 +14,16 @@ from lora_core.config import parse
 from lora_core.errors import ConfigError
 from lora_core.errors import run as guarded
 from lora_core.guards import Guards
-from lora_core.report import RunLog, plural, say, table
+from lora_core.report import RunLog, say, table
+from lora_core.run_folder import read_settings, refuse_both, travelling
 from sam2_lora.artifacts import (
+    PLACES,
     Artifacts,
     Run,
     checkpoint_of,
     find_run,
     new_run,
     unfinished,
-    without_places,
 )
 from sam2_lora.config import Config
 
@@ -105,7 +106,8 @@ def fit(cfg: Config, run: Run | None, device: torch.device) -> int:
     check_space(memory.disk_use(network, cfg), cfg.output_dir, written)
     size = network.sam2_base.variant.rpartition("_hiera_")[2]
     run = run or first_rank_decides(lambda: new_run(cfg, size), device)
-    list_bad_samples(run, splits, device)
+    first_rank_decides(run.tidy, device)
+    run.list_bad_samples(splits.bad, device)
 
     log = RunLog(run.folder / "tensorboard", run.csv(cfg), COLUMNS, cfg.tensorboard)
     prints = fingerprints(network, splits)
@@ -129,7 +131,7 @@ def fit(cfg: Config, run: Run | None, device: torch.device) -> int:
         count=losses.object_count,
         sharded=network.vision_encoder.backbone.blocks if cfg.shard_base else (),
         guards=cfg,
-        settings=without_places(cfg),
+        settings=travelling(cfg, PLACES),
         fingerprints=prints,
         may_change=MAY_CHANGE,
         resume_with=f"sam2-lora train --resume {run.folder}",
@@ -150,15 +152,6 @@ def fingerprints(network: Sam2Model, splits: Splits) -> dict[str, str]:
 
     base = network.sam2_base.fingerprint
     return {"data": fingerprint(splits)} | ({"base": base} if base else {})
-
-
-def list_bad_samples(run: Run, splits: Splits, device: torch.device) -> None:
-    """Write what was left out, and why, into the folder of the run."""
-    from lora_core.distributed import first_rank_decides
-    from lora_core.validate import REPORT, write_report
-
-    if splits.bad:
-        first_rank_decides(lambda: write_report(run.folder / REPORT, splits.bad), device)
 
 
 def arguments(cfg: Config, folder: str | Path, device: torch.device) -> TrainingArguments:
@@ -192,22 +185,14 @@ def settings(argv: Sequence[str]) -> tuple[Config, Run | None]:
     """Read the command line; a resumed run has its own settings, changed by flags given now."""
     about = {"prog": "sam2-lora train", "description": "Train a LoRA of SAM 2 on your own masks."}
     cfg = parse(Config, argv, **about)
-    if not cfg.resume:
-        return cfg, None
-    if cfg.adapter:
-        raise ConfigError(
-            "--resume continues a run with all its state, --adapter starts a new run from weights "
-            "alone: give one of them"
-        )
     if cfg.resume == "latest":
+        refuse_both(cfg)
         found = unfinished(replace(cfg, resume=None))
         if found is None:
             say(f"no unfinished run with these settings in {cfg.output_dir}: a new one begins")
             return replace(cfg, resume=None), None
         argv = ["--resume", str(found)]  # the other flags are in its settings
-        cfg = replace(cfg, resume=str(found))
-    run = find_run(str(cfg.resume))
-    return parse(Config, ["--config", str(run.config), *argv], **about), run
+    return read_settings(Config, argv, find_run, **about)
 
 
 def ready(cfg: Config, run: Run | None) -> None:
@@ -219,12 +204,7 @@ def ready(cfg: Config, run: Run | None) -> None:
     """
     from lora_core import preflight
 
-    preflight.check_all(
-        lambda: preflight.versions(
-            "sam2-lora", "lora-core[train,pictures,peft]", optional=("peft",)
-        ),
-        preflight.torchvision,
-    )
+    preflight.libraries("sam2-lora", "train,pictures,peft", optional=("peft",))
     from lora_core.training.arguments import check_device
     from sam2_lora import model
 
@@ -302,7 +282,7 @@ def show(network: Sam2Model, val: EvalSet | None, log: RunLog, step: int) -> Non
 def conclude(trainer: LoraTrainer, artifacts: Artifacts, splits: Splits, cfg: Config) -> None:
     """Write the last files, score the best adapter on the test split, and say where all is."""
     from lora_core.training.out_of_memory import explained
-    from lora_core.validate import REPORT, samples
+    from lora_core.validate import samples
 
     run, step, best = artifacts.run, trainer.state.global_step, trainer.best
     artifacts.final(step, has_best=best is not None)
@@ -323,9 +303,7 @@ def conclude(trainer: LoraTrainer, artifacts: Artifacts, splits: Splits, cfg: Co
     for path in sorted(run.folder.glob("*.torch")):
         say(f"  {path.name}")
     say(f"  figures: {run.csv(cfg)}")
-    if splits.bad:
-        left_out = plural(len(samples(splits.bad)), "bad sample")
-        say(f"  left out: {left_out}, see {run.folder / REPORT}")
+    run.say_left_out(splits.bad)
 
 
 def score_test(artifacts: Artifacts, test: EvalSet) -> dict[str, dict[str, float]]:

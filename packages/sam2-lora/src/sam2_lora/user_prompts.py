@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_core.errors import ConfigError, DataError, listing, near, one_line
+from lora_core.errors import ConfigError, DataError, listing
+from lora_core.pictures.user_prompts import are_coordinates, read_entries, refuse_outside
 from lora_core.settings.types import shown
-
-LIMIT = 1e9  # pixels: no picture is as large
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def read_prompts(
         prompts = _read_file(Path(file), images)
     else:
         prompts = dict.fromkeys(images, _from_flags(points, labels, boxes))
-    _check_inside(prompts)
+    refuse_outside(prompts, _outside)
     return prompts
 
 
@@ -95,26 +94,15 @@ def _numbers(text: str) -> list[float]:
 
 
 def _read_file(path: Path, images: Sequence[Path]) -> dict[Path, list[Prompt]]:
-    from lora_core.data_file import read_json
+    """The prompts of a JSON file; a picture that it does not name has none.
 
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise DataError(f'{path}: expected an object {{"a.jpg": {{"points": ...}}}}')
-    by_name = {image.name: image for image in images}
-    prompts: dict[Path, list[Prompt]] = {image: [] for image in images}
-    problems = []
-    for name, entry in content.items():
-        if name not in by_name:
-            hint = near(name, by_name) or f"there is {one_line(next(iter(by_name)))}"
-            problems.append(f"{path}: no picture {name!r} among --images; {hint}")
-            continue
-        try:
-            prompts[by_name[name]] = parse_entry(entry, f"{path}: {name!r}")
-        except DataError as error:
-            problems.append(str(error))
+    Raises:
+        DataError: all problems of the file.
+    """
+    prompts, problems = read_entries(path, images, parse_entry, '{"a.jpg": {"points": ...}}')
     if problems:
         raise DataError(listing(problems))
-    return prompts
+    return {image: prompts.get(image, []) for image in images}
 
 
 def parse_entry(entry: Any, where: str) -> list[Prompt]:
@@ -132,7 +120,7 @@ def parse_entry(entry: Any, where: str) -> list[Prompt]:
     labels = _per_object(entry.get("labels") or [], 1) or [[1] * len(clicks) for clicks in points]
     boxes = _per_object(entry.get("boxes") or [], 1)
     flat = [(v, 2) for clicks in points for v in clicks] + [(box, 4) for box in boxes]
-    if not all(_is_numbers(value, count) for value, count in flat):
+    if not all(are_coordinates(value, count) for value, count in flat):
         raise DataError(f"{where}: a point is [x, y] and a box is [x0, y0, x1, y1], finite numbers")
     if [len(signs) for signs in labels] != [len(clicks) for clicks in points]:
         raise DataError(f"{where}: one label for each point, in the same nesting")
@@ -163,28 +151,5 @@ def _per_object(values: Any, depth: int) -> list[list[Any]]:
     return values if nested else [values] if values else []
 
 
-def _is_numbers(value: Any, count: int) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == count
-        and all(type(v) in (int, float) and abs(v) < LIMIT for v in value)  # false for NaN too
-    )
-
-
-def _check_inside(prompts: dict[Path, list[Prompt]]) -> None:
-    from lora_core.pictures.files import read_size  # imports PIL: wrong flags need not wait
-
-    problems = []
-    for image, given in prompts.items():
-        try:
-            size = read_size(image)
-        except DataError as error:
-            problems.append(str(error))
-            continue
-        problems += [
-            f"{image.name}: {x:g},{y:g} lies outside the picture of {size[1]} x {size[0]} pixels"
-            for prompt in given
-            for x, y in prompt.outside(size)
-        ]
-    if problems:
-        raise DataError(listing(problems))
+def _outside(prompt: Prompt, size: tuple[int, int]) -> list[str]:
+    return [f"{x:g},{y:g} lies outside the picture" for x, y in prompt.outside(size)]

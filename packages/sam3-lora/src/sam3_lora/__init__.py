@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lora_core.first_use import loader
 
 __version__ = "0.1.0"
 
@@ -16,9 +17,4 @@ if TYPE_CHECKING:
     from sam3_lora.model import build as build
     from sam3_lora.predictor import Predictor as Predictor
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'sam3_lora' has no attribute {name!r}")
-    globals()[name] = getattr(import_module(f"sam3_lora.{_HOME[name]}"), name)
-    return globals()[name]
+__getattr__ = loader(__name__, _HOME)

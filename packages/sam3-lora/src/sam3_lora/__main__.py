@@ -13,6 +13,7 @@ COMMANDS = {
     "predict": "objects of phrases in your pictures: overlays and COCO results",
     "evaluate": "scores of base and adapter on COCO annotations, best threshold",
     "prepare": "a YOLO, VOC, LVIS, COCO or mask data set to the folder that training reads",
+    "demo": "train, evaluate and merge a packaged tiny model on generated pictures",
     "merge": "adapter and base to an official checkpoint, or a transformers folder",
 }
 

@@ -13,20 +13,20 @@ experiments/
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_core import preflight, settings
-from lora_core.config import dump, parse
+from lora_core import preflight
+from lora_core.config import dump
 from lora_core.errors import CheckpointError, ConfigError, UserError
 from lora_core.report import table
+from lora_core.run_folder import RunFolder, by_flag, named, travelling
 from lora_core.validate import REPORT
 from sam3_lora.config import Config
 
@@ -47,36 +47,18 @@ PATHS = frozenset(
 
 
 @dataclass(frozen=True)
-class Run:
-    """Where a run lives."""
+class Run(RunFolder):
+    """Where a run lives: `cfg.checkpoint.save_dir` and `cfg.logging.log_dir`."""
 
-    folder: Path  # cfg.checkpoint.save_dir
-    logs: Path  # cfg.logging.log_dir
+    logs: Path
 
     @classmethod
     def of(cls, cfg: Config) -> Run:
         return cls(Path(cfg.checkpoint.save_dir), Path(cfg.logging.log_dir))
 
     @property
-    def config(self) -> Path:
-        return self.folder / "config.yaml"
-
-    @property
-    def state(self) -> Path:
-        return self.folder / "state"
-
-    @property
     def best(self) -> Path:
         return self.folder / "best.pt"
-
-    @property
-    def adapter(self) -> Path:
-        return self.folder / "adapter"
-
-    @property
-    def summary(self) -> Path:
-        """Written last, when the whole run is through."""
-        return self.folder / "training_summary.json"
 
     @property
     def csv(self) -> Path:
@@ -119,7 +101,7 @@ def refuse_existing(cfg: Config) -> None:
     place = run.folder.absolute()
     resume = "--resume " + str(run.best if run.best.exists() else run.folder)
     try:
-        changed = differences(parse(Config, ["--config", str(run.config)], prog=""), cfg)
+        changed = differences(run.settings(Config), cfg)
     except UserError:  # of another version
         changed = []
     if changed:
@@ -137,29 +119,12 @@ def refuse_existing(cfg: Config) -> None:
 
 def differences(there: Config, now: Config) -> list[tuple[str, str, str]]:
     """(setting, there, now) of all settings that make another run."""
-    old = dict(flat(there))
+    old = dict(by_flag(there))
     return [
         (name, str(old[name]), str(value))
-        for name, value in flat(now)
+        for name, value in by_flag(now)
         if name not in NOT_COMPARED and old[name] != value
     ]
-
-
-def flat(values: Any, section: str = "") -> Iterator[tuple[str, Any]]:
-    """All settings by their names as flags have them, such as `lora.rank`."""
-    for item in fields(values):
-        value = getattr(values, item.name)
-        if is_dataclass(value):
-            yield from flat(value, f"{section}{item.name}.")
-        else:
-            yield section + item.name, value
-
-
-def described(cfg: Config) -> dict[str, Any]:
-    """The settings by name for files that travel: without paths of this machine, and secrets."""
-    here = {name: value for name, value in flat(cfg) if name not in PATHS}
-    plain: dict[str, Any] = settings.plain(here)
-    return plain
 
 
 def new_run(cfg: Config, about: str) -> Run:
@@ -202,19 +167,14 @@ def find_run(resume: str) -> Run:
     Raises:
         CheckpointError: no such run, or an adapter without the state that continuing needs.
     """
-    path = Path(resume)
-    if not path.exists():
-        raise CheckpointError(f"--resume {path.absolute()}: no such file or folder")
-    folder = path if path.is_dir() else path.parent
+    path, folder = named(resume)
     hint = f" To start from its weights alone: --adapter {resume}" if path.suffix == ".pt" else ""
-    config = folder / "config.yaml"
-    if not config.is_file():
+    if not RunFolder(folder).config.is_file():
         raise CheckpointError(
             f"--resume {path.absolute()}: no run of sam3-lora train, whose config.yaml "
             f"would be there.{hint}"
         )
-    stored = parse(Config, ["--config", str(config)], prog="")
-    return Run(folder, Path(stored.logging.log_dir))
+    return Run(folder, Path(RunFolder(folder).settings(Config).logging.log_dir))
 
 
 def checkpoint_of(run: Run, resume: str) -> str | bool:
@@ -300,10 +260,7 @@ class Artifacts:
 
     def summary(self, **values: Any) -> None:
         """Write `training_summary.json`."""
-        from lora_core.tensor_file import atomic_write
-
-        with atomic_write(self.run.summary) as file:
-            file.write(json.dumps({**self.facts, **values}, indent=2).encode())
+        self.run.write_summary({**self.facts, **values})
 
     def _facts(self, step: int, metrics: Mapping[str, float] | None = None) -> dict[str, Any]:
         """What an adapter file says about its making; `state` leads back to the whole state."""
@@ -313,5 +270,5 @@ class Artifacts:
             "epoch": step / self.steps_per_epoch,
             "state": f"state/checkpoint-{step}",
             "metrics": dict(metrics or {}),
-            "settings": described(self.cfg),
+            "settings": travelling(self.cfg, PATHS),
         }

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from lora_core.config import MAX_FLOAT, option
 from lora_core.errors import ConfigError, near
 from lora_core.guards import Guards, count_problem
+from lora_core.pictures import input_size
 from lora_core.settings.types import shown
 
 PATCH = 14  # pixels per token: each side of the input is a multiple of it
@@ -313,21 +314,13 @@ class Config(Guards):
             )
 
 
-def parse_size(text: str) -> tuple[int, int]:
+def parse_size(text: str, setting: str = "--dataset.resolution") -> tuple[int, int]:
     """Read `1008` or `672x1008` as (height, width); each side a multiple of 14 pixels.
 
     Raises:
         ConfigError: anything else, with the nearest size that works.
     """
-    sides = str(text).lower().split("x")
-    if len(sides) > 2 or not all(re.fullmatch("[0-9]{1,9}", side) for side in sides):
-        raise ConfigError(
-            f"--dataset.resolution {shown(text)}: expected 1008 or HEIGHTxWIDTH such as 672x1008"
-        )
-    numbers = [int(side) for side in sides]
-    if max(numbers) > LARGEST_SIDE:
-        raise ConfigError(f"--dataset.resolution {text}: a side is at most {LARGEST_SIDE} pixels")
-    if any(number < PATCH or number % PATCH for number in numbers):
-        nearest = "x".join(str(max(1, round(number / PATCH)) * PATCH) for number in numbers)
-        raise ConfigError(f"--dataset.resolution {text}: not multiples of {PATCH}; try {nearest}")
-    return numbers[0], numbers[-1]
+    such_as = "1008 or HEIGHTxWIDTH such as 672x1008"
+    return input_size.parse_size(
+        text, setting, multiple=PATCH, largest=LARGEST_SIDE, such_as=such_as
+    )

@@ -11,23 +11,20 @@ not change it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 
 from lora_core.errors import printable
 from lora_core.pictures import survey as pictures
 from lora_core.pictures.masks import Size
-from lora_core.pictures.reading import Reading
-from lora_core.pictures.survey import Surveyed, left_out, remarks, without
+from lora_core.pictures.survey import left_out, remarks, without
 from lora_core.report import table
 from lora_core.settings.types import shown
-from lora_core.training.loading import retried
-from lora_core.validate import Bad
+from lora_core.training.loading import EpochDataset, retried
+from lora_core.validate import Bad, Share, read_and_settle
 from sam3_lora.coco import Split
 from sam3_lora.config import Config
 from sam3_lora.queries import Query, absent, asked, drawn, fixed
@@ -66,7 +63,7 @@ MAX_LISTED = 20  # phrases in the printed table
 # -- the sets --------------------------------------------------------------------------------------
 
 
-class TrainSet(Dataset[Sample]):
+class TrainSet(EpochDataset[Record, Sample]):
     """Pictures as training samples: at random size and place, with phrases that are absent, too.
 
     Attributes:
@@ -75,25 +72,12 @@ class TrainSet(Dataset[Sample]):
     """
 
     def __init__(self, records: Sequence[Record], phrases: Sequence[str], cfg: Config) -> None:
-        self.records, self.phrases, self.cfg = list(records), list(phrases), cfg
-        # Shared memory: workers that outlive an epoch must hear of the next one.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose sizes, places and absent phrases the samples show."""
-        self._epoch.fill_(epoch)
-
-    def name_of(self, index: int) -> str:
-        """The picture's name, for messages."""
-        return self.records[index].key
-
-    def __len__(self) -> int:
-        return len(self.records)
+        super().__init__(records, cfg.seed)
+        self.phrases, self.cfg = list(phrases), cfg
 
     def __getitem__(self, index: int) -> Sample:
-        record, settings = self.records[index], self.cfg.dataset
+        record, settings, rng = self.records[index], self.cfg.dataset, self.rng(index)
         masks = self.cfg.training.enable_segmentation
-        rng = np.random.default_rng([self.cfg.seed % 2**32, int(self._epoch), index])
         negatives = drawn(absent(record, self.phrases), settings.max_negatives, rng)
         instances, _ = retried(lambda: record.instances(masks, crowds=False))
         queries = asked(instances, negatives, self.phrases, settings.max_ann_per_img)
@@ -217,7 +201,7 @@ def updates_per_epoch(cfg: Config, splits: Splits) -> int:
     return math.ceil(batches / cfg.training.gradient_accumulation_steps)
 
 
-def load(cfg: Config, share: Callable[[Callable[[], Any]], Any] = lambda make: make()) -> Splits:
+def load(cfg: Config, share: Share = lambda make: make()) -> Splits:
     """Read a data set as `cfg` describes it, and look at every picture and annotation.
 
     Bad samples stop this, or are left out, as `cfg.on_bad_sample` says.
@@ -231,18 +215,9 @@ def load(cfg: Config, share: Callable[[Callable[[], Any]], Any] = lambda make: m
             pictures here than in the first process.
         ConfigError: `dataset.prompts` names a category that no file has.
     """
-    here: list[tuple[Parts, Reading]] = []
-
-    def first() -> tuple[Surveyed, list[Bad]]:
-        parts, known, reading = read_parts(cfg)
-        here.append((parts, reading))
-        return settled(parts, known, cfg)
-
-    facts, bad = share(first)
-    if not here:
-        parts, _, reading = read_parts(cfg)
-        here.append((parts, reading))
-    parts, reading = here[0]
+    (parts, _, reading), (facts, bad) = read_and_settle(
+        lambda: read_parts(cfg), lambda found: settled(found[0], found[1], cfg), share
+    )
     every = {name: split.records for name, split in parts.items()}
     good = without(every, bad, facts, data_root(cfg.dataset))
     counts = counted(good, parts, facts, cfg)

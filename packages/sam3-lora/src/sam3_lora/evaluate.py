@@ -17,8 +17,8 @@ from lora_core.config import option, parse
 from lora_core.errors import ConfigError, listing, one_line
 from lora_core.guards import count_problem
 from lora_core.preflight import writable
-from sam3_lora.config import Config, Dataset, Device, Logging, Paths
-from sam3_lora.predict import Precision, check_device, glance, size_of
+from sam3_lora.config import Config, Dataset, Logging
+from sam3_lora.model_options import ModelOptions
 
 if TYPE_CHECKING:
     from sam3_lora.calibration import Calibration
@@ -30,37 +30,14 @@ RESULTS = "evaluation.json"
 AS_IN_TRAINING = "As --dataset.{} in training."
 
 
-@dataclass
-class Options:
+@dataclass(kw_only=True)
+class Options(ModelOptions):
     """Settings of `sam3-lora evaluate`."""
 
     img_folder: str = option(MISSING, "Folder of the pictures.", "data")
     ann_file: str | None = option(
         None, "Their COCO JSON; default: _annotations.coco.json in the folder.", "data"
     )
-    checkpoint: str = option(
-        Paths.sam3_checkpoint,
-        "Base model, or a merged model (then without --adapter): file, folder or hub id.",
-        "model",
-    )
-    adapter: str | None = option(None, "best.pt, epoch_N.pt, or a PEFT directory.", "model")
-    bpe_path: str | None = option(
-        None,
-        "bpe_simple_vocab_16e6.txt.gz of CLIP, where the checkpoint has no tokenizer beside.",
-        "model",
-    )
-    allow_partial: bool = option(
-        False, "Use what fits of an adapter with missing or unexpected tensors.", "model"
-    )
-    resolution: str | None = option(
-        None,
-        "Model input such as 1008 or 672x1008; default: the adapter's or checkpoint's own.",
-        "model",
-    )
-    precision: Precision = option(
-        "auto", "Mixed precision; auto is fp32 on the CPU, bf16 or fp16 on a GPU.", "model"
-    )
-    device: Device = option("auto", "Where to compute.", "model")
     masks: bool | None = option(
         None, "Score masks beside boxes; default: if any are annotated.", "data"
     )
@@ -102,7 +79,7 @@ class Options:
         if self.absent_images > 50:
             problems.append(f"--absent_images is {self.absent_images}: it must be at most 50")
         try:
-            size_of(self.resolution)
+            self.input_size()
             self.config()  # raises what training would raise
         except ConfigError as error:
             problems.append(str(error).replace("--dataset.", "--"))
@@ -168,17 +145,8 @@ def main(argv: Sequence[str]) -> int:
     from lora_core.validate import REPORT, write_report
     from sam3_lora.evaluation_report import report, write
     from sam3_lora.model import image_size
-    from sam3_lora.predictor import Predictor
 
-    predictor = Predictor.load(
-        options.checkpoint,
-        options.adapter,
-        size_of(options.resolution),
-        options.device,
-        options.precision,
-        options.bpe_path,
-        options.allow_partial,
-    )
+    predictor = options.predictor()
     val = pictures.set_for(image_size(predictor.model))
     pictures.notes += notes_on(predictor, pictures, options)
     results = {name: measured(predictor, name, val, pictures, options) for name in options.models}
@@ -211,8 +179,8 @@ def ready(options: Options) -> Pictures:
     check_all(
         lambda: writable(options.output, "--output"),
         lambda: refuse_results(options),
-        lambda: check_device(options),
-        lambda: glance(options),
+        options.check_device,
+        options.glance,
     )
     return load_pictures(options)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_core.errors import printable
 from lora_core.report import table
-from lora_core.tensor_file import atomic_write
+from lora_core.tensor_file import write_json
 
 if TYPE_CHECKING:
     from sam3_lora.evaluate import Options, Pictures, Result
@@ -124,8 +123,7 @@ def write(
         "models": {name: _plain(one) for name, one in results.items()},
         "notes": pictures.notes,
     }
-    with atomic_write(path) as file:
-        file.write(json.dumps(content, indent=2).encode())
+    write_json(path, content)
 
 
 def _plain(result: Result) -> dict[str, Any]:

@@ -7,7 +7,6 @@ the same outputs as the live adapted model.
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,18 +16,19 @@ import torch
 from torch import Tensor
 
 from lora_core.base_file import SUFFIXES, WEIGHTS
-from lora_core.errors import CheckpointError, ConfigError, NumericError
+from lora_core.errors import ConfigError, NumericError
 from lora_core.merged_file import (
     check_written,
     exact,
     move,
     private_folder,
+    refuse_changed,
     refuse_existing,
     same_bits,
     write_tensors,
 )
 from lora_core.merging import merged_state_dict
-from lora_core.tensor_file import atomic_write
+from lora_core.tensor_file import write_json
 from sam3_lora import names, official
 from sam3_lora.model import base_fingerprint, from_file
 from sam3_lora.network import LAYER_NORM_EPS, forward
@@ -144,10 +144,7 @@ def _check_live(model: Sam3Model, base: OfficialFile) -> None:
     """Whether a network is whole, and its base file still what it was built from."""
     if not hasattr(model, "text_encoder"):
         raise ConfigError("the text encoder was dropped from this model: load it again to merge")
-    if base_fingerprint(base) != model.sam3_base.fingerprint:
-        raise CheckpointError(
-            f"{base.path} has changed since the model was built from it: put the old file back"
-        )
+    refuse_changed(base.path, base_fingerprint(base), model.sam3_base.fingerprint)
 
 
 def _rounded(base: OfficialFile) -> bool:
@@ -210,8 +207,7 @@ def _write(path: Path, merged: OfficialFile, base: OfficialFile) -> tuple[int, i
     else:
         write_tensors(path, tensors, wrapped=base.format == "pt")
         for config in _parts(path, base)[:-1]:
-            with atomic_write(config) as file:
-                file.write(json.dumps(base.settings, indent=2).encode())
+            write_json(config, base.settings)
     found = read_official(path)
     check_written(path, found.tensors, tensors)
     changed = _count_changed(found, _content(base, form))

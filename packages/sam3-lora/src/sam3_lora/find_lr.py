@@ -6,32 +6,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from lora_core.config import option, parse
+from lora_core.config import parse
 from lora_core.errors import run as guarded
+from lora_core.ramp import Ramp, ramp_problems
 from lora_core.report import say
 from sam3_lora.config import Config
 
 
 @dataclass
-class Options(Config):
+class Options(Ramp, Config):
     """Settings of `sam3-lora find-lr`: those of a training, and the ramp's."""
-
-    ramp_from: float = option(1e-5, "Learning rate of the first update.", "ramp")
-    ramp_to: float = option(1.0, "Learning rate of the last update.", "ramp")
-    ramp_steps: int = option(100, "Updates; it ends earlier when the loss diverges.", "ramp")
-    ramp_dir: str = option("find_lr", "find_lr.csv and find_lr.png go here.", "ramp")
 
     def problems(self) -> Iterator[str]:
         """Yield what cannot work, each as one line."""
         yield from super().problems()
-        if self.ramp_steps < 10:
-            yield f"--ramp_steps is {self.ramp_steps}: it must be at least 10"
-        if not 0 < self.ramp_from < self.ramp_to:
-            yield f"--ramp_from {self.ramp_from}, --ramp_to {self.ramp_to}: above 0, and rising"
-        if self.dry_run:
-            yield "--dry_run belongs to `sam3-lora train`: find-lr trains"
-        if self.resume:
-            yield "--resume belongs to `sam3-lora train`: a ramp always starts anew"
+        yield from ramp_problems(self, "sam3-lora train")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

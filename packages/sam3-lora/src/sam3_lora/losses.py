@@ -17,24 +17,25 @@ object query (box b, score logit z, p = sigmoid(z)) with its target t from `matc
     loss = sqrt(B) (sum over decoder layers of (one to one + 2 one to many) + semantic)
 
 each term times its weight. A phrase that is not in its image trains its presence only.
-Masks count in the last layer; all is computed in float32.
+Masks count in the last layer; all is computed in float32. B, n and the count of unions are those
+of all pictures of an update, if `normalisers` says them, else of the batch.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_core.distributed import sum_over_ranks, world_size
 from lora_core.errors import ConfigError, listing
 from sam3_lora.mask_losses import compare
 from sam3_lora.matching import Match, MatchSettings, match, overlaps
+from sam3_lora.normalisers import Normalisers
 from sam3_lora.outputs import Masks, Outputs, Targets
 
 MASK_ALPHA, SEMANTIC_ALPHA = 0.25, 0.6  # weight of foreground pixels in the focal losses
@@ -49,8 +50,6 @@ class LossSettings:
         o2m_weight: of the one-to-many half on top of these; 0 leaves it out.
         positive_weight: of matched queries in loss_ce.
         pad_queries: loss_ce is divided as if there were at least so many queries.
-        normalization: n of this process ("local"), or the mean over processes ("global"), which
-            all of them must then ask for equally often.
         scale_by_batch: the factor sqrt(B).
         masks: train masks and the semantic map; False: boxes only.
         mask_points: compare masks at so many points each (PointRend; 12544 is usual), which takes
@@ -70,7 +69,6 @@ class LossSettings:
     o2m_weight: float = 2.0
     positive_weight: float = 10.0
     pad_queries: int = 200
-    normalization: Literal["local", "global"] = "local"
     scale_by_batch: bool = True
     masks: bool = True
     mask_points: int = 0
@@ -86,8 +84,6 @@ class LossSettings:
         ]
         if self.mask_pixels < 1:
             problems.append(f"mask_pixels is {self.mask_pixels!r}: it must be at least 1")
-        if self.normalization not in ("local", "global"):
-            problems.append(f"normalization is {self.normalization!r}: it must be local or global")
         if problems:
             raise ConfigError(listing(problems))
 
@@ -137,7 +133,10 @@ def stacked(outputs: Outputs, settings: LossSettings) -> Layers:
 
 
 def loss(
-    outputs: Outputs, targets: Targets, settings: LossSettings | None = None
+    outputs: Outputs,
+    targets: Targets,
+    settings: LossSettings | None = None,
+    sizes: Normalisers | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The training loss of one forward pass, and what it consists of.
 
@@ -148,6 +147,7 @@ def loss(
             value is then several times smaller).
         targets: on the device of the outputs.
         settings: None: the official ones.
+        sizes: of the whole update; None: it is this batch alone.
 
     Returns:
         The scalar, and for the log, without gradient: each term of the last layer, one to one,
@@ -164,10 +164,11 @@ def loss(
     found = match(
         layers.logits, layers.boxes, targets, settings.matching, one_to_many_last=layers.has_second
     )
-    values = terms(outputs, targets, settings, layers, found)
+    sizes = sizes or Normalisers(len(found.counts), float(found.counts.sum()))
+    values = terms(outputs, targets, settings, layers, found, sizes)
     weights = settings.weights()
     weighted = torch.stack([weights[name] * value for name, value in values.items()]).sum(0)  # [K]
-    scale = math.sqrt(layers.logits.shape[1]) if settings.scale_by_batch else 1.0
+    scale = math.sqrt(sizes.queries) if settings.scale_by_batch else 1.0
     # A query without a pair may be in no term at all: its NaN would go unnoticed.
     unnoticed = 0 * (layers.logits.detach().sum() + layers.boxes.detach().sum())
     total = scale * weighted.sum() + unnoticed
@@ -180,41 +181,35 @@ def loss(
         parts["loss_o2m"] = shares[-1]
     said = outputs.presence[-1].detach() > 0
     present = torch.from_numpy(found.present).to(said.device)
-    parts["presence_accuracy"] = (said == present).float().mean()
+    parts["presence_accuracy"] = (said == present).sum() * (sizes.share / sizes.queries)
     return total, parts
 
 
 def terms(
-    outputs: Outputs, targets: Targets, settings: LossSettings, layers: Layers, found: Match
+    outputs: Outputs,
+    targets: Targets,
+    settings: LossSettings,
+    layers: Layers,
+    found: Match,
+    sizes: Normalisers,
 ) -> dict[str, Tensor]:
     """Every term of every layer, f32 [K], before the weights; those of one to many times theirs.
 
     Terms that a layer does not have are 0 there.
     """
-    device = layers.logits.device
-    n = object_count(found, settings, device)
+    device, n = layers.logits.device, max(sizes.objects, 1.0)
     keep = torch.from_numpy(found.present).to(device).float()
     pairs = paired(layers, targets, found)
     values = {
         "loss_bbox": per_layer(pairs.distance, found) / n,
         "loss_giou": per_layer(1 - pairs.giou, found) / n,
-        "loss_ce": score_terms(layers, pairs, found, keep, settings),
-        "presence_loss": presence_terms(outputs, keep, len(layers.logits)),
+        "loss_ce": score_terms(layers, pairs, found, keep, settings) / sizes.queries,
+        "presence_loss": presence_terms(outputs, keep, len(layers.logits)) / sizes.queries,
     }
     if settings.masks:
-        values |= mask_terms(outputs, targets, settings, layers, found, n)
-    return {name: value * layers.factor for name, value in values.items()}
-
-
-def object_count(found: Match, settings: LossSettings, device: torch.device) -> float:
-    """n: the targets of the batch, of this process or as the mean of all, at least 1.
-
-    In evaluation, where processes may have different numbers of batches, always of this process.
-    """
-    n = float(found.counts.sum())
-    if settings.normalization == "global" and torch.is_grad_enabled():
-        n = sum_over_ranks(n, device) / world_size()
-    return max(n, 1.0)
+        values |= mask_terms(outputs, targets, settings, layers, found, sizes)
+    factor = layers.factor * sizes.share
+    return {name: value * factor for name, value in values.items()}
 
 
 # -- boxes, scores, presence -----------------------------------------------------------------------
@@ -241,13 +236,12 @@ def paired(layers: Layers, targets: Targets, found: Match) -> Pairs:
 def score_terms(
     layers: Layers, pairs: Pairs, found: Match, keep: Tensor, settings: LossSettings
 ) -> Tensor:
-    """Score loss of all object queries, matched or not, whose phrase has a target; f32 [K]."""
+    """B times the score loss of all object queries whose phrase has a target; f32 [K]."""
     z, label = layers.logits, soft_labels(layers, pairs, found)
     positive = F.binary_cross_entropy_with_logits(z, label, reduction="none")
     negative = z.sigmoid().square() * F.softplus(z)  # BCE(z, 0) is softplus(z)
     value = torch.where(label > 0, settings.positive_weight * positive, negative)
-    _, batch, queries = z.shape
-    return (value * keep[:, None]).sum((1, 2)) / (batch * max(queries, settings.pad_queries))
+    return (value * keep[:, None]).sum((1, 2)) / max(z.shape[2], settings.pad_queries)
 
 
 @torch.no_grad()
@@ -264,10 +258,10 @@ def soft_labels(layers: Layers, pairs: Pairs, found: Match) -> Tensor:
 
 
 def presence_terms(outputs: Outputs, keep: Tensor, count: int) -> Tensor:
-    """Presence loss of the one-to-one layers, f32 [K]."""
+    """B times the presence loss of the one-to-one layers, f32 [K]."""
     z = torch.stack([presence.float() for presence in outputs.presence])  # [L, B]
     value = 0.5 * F.binary_cross_entropy_with_logits(z, keep.expand_as(z), reduction="none")
-    return F.pad(value.mean(1), (0, count - len(z)))
+    return F.pad(value.sum(1), (0, count - len(z)))
 
 
 def per_layer(values: Tensor, found: Match) -> Tensor:
@@ -289,10 +283,10 @@ def mask_terms(
     settings: LossSettings,
     layers: Layers,
     found: Match,
-    n: float,
+    sizes: Normalisers,
 ) -> dict[str, Tensor]:
     """Mask losses of the last layers of both halves, and of the semantic map; f32 [K] each."""
-    masks = target_masks(targets, layers.logits.device)
+    masks, n = target_masks(targets, layers.logits.device), max(sizes.objects, 1.0)
     final: dict[int, Masks | Tensor | None] = {layers.first - 1: outputs.one_to_one[-1].masks}
     if layers.has_second:
         final[len(layers.logits) - 1] = outputs.one_to_many[-1].masks
@@ -311,7 +305,7 @@ def mask_terms(
         focal[layer], dice[layer] = (value.sum() / n for value in each)
     if outputs.semantic is None:
         raise not_made("semantic map")
-    whole = semantic_terms(outputs.semantic, masks, found, settings)
+    whole = semantic_terms(outputs.semantic, masks, found, settings, sizes.masked)
     return {
         "loss_mask": placed(focal, layers),
         "loss_dice": placed(dice, layers),
@@ -321,9 +315,13 @@ def mask_terms(
 
 
 def semantic_terms(
-    semantic: Tensor, masks: Tensor, found: Match, settings: LossSettings
+    semantic: Tensor, masks: Tensor, found: Match, settings: LossSettings, count: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Focal and Dice loss of the semantic map, means over the phrases with a non-empty union."""
+    """Focal and Dice loss of the semantic map, means over the phrases with a non-empty union.
+
+    Args:
+        count: of such phrases, if it is not that of the batch.
+    """
     groups = np.split(np.arange(len(masks)), np.cumsum(found.counts)[:-1])
     known = [group[found.has_mask[group]] for group in groups]  # targets of every phrase
     phrases = [phrase for phrase, group in enumerate(known) if len(group)]
@@ -334,7 +332,8 @@ def semantic_terms(
     every = torch.arange(len(phrases), device=masks.device)
     each = compare(logits, unions, every, alpha=SEMANTIC_ALPHA, pixels=settings.mask_pixels)
     filled = (unions > 0).flatten(1).any(1).float()
-    focal, dice = ((value * filled).sum() / (filled.sum() + 1e-6) for value in each)
+    over = (filled.sum() if count is None else count) + 1e-6
+    focal, dice = ((value * filled).sum() / over for value in each)
     return focal, dice
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lora_core.config import option, parse
-from lora_core.errors import CheckpointError
 from lora_core.preflight import writable
 from lora_core.report import say
 
@@ -63,32 +62,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     output = Path(options.output)
     writable(output.absolute().parent, "--output")
-    from lora_core.merged_file import refuse_existing
+    from lora_core.merged_file import find_base, refuse_existing
     from sam3_lora.export import VOCABULARY, export, format_of
     from sam3_lora.model import load
+    from sam3_lora.official import find_checkpoint
 
     format_of(output, options.format)
     refuse_existing(output, options.overwrite, VOCABULARY)
-    base = options.checkpoint or _recorded_base(options.adapter)
+    base = options.checkpoint or find_base(options.adapter, find_checkpoint)
     model = load(base, None, options.adapter, options.allow_partial)
     merged = export(model, output, options.format, options.dtype, options.overwrite)
     say(merged)
     _mention_limits(model, merged)
     return 0
-
-
-def _recorded_base(adapter: str) -> Path:
-    """The base whose name the adapter holds, if it is here or on the hub."""
-    from lora_core.merged_file import recorded_base
-    from sam3_lora.official import find_checkpoint
-
-    base = recorded_base(adapter)
-    try:
-        return find_checkpoint(base)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{error}\n{adapter} was trained on it: add --checkpoint FILE"
-        ) from None
 
 
 def _mention_limits(model: Sam3Model, merged: Merged) -> None:

@@ -7,7 +7,6 @@ an adapter means the same in every program.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,10 +18,9 @@ from torch import Tensor
 
 from lora_core import base_file, preflight
 from lora_core.adapters import file as adapter_file
-from lora_core.adapters.match import size_limit
+from lora_core.adapters import on_base
 from lora_core.cache import fingerprint
-from lora_core.errors import CheckpointError, ConfigError
-from lora_core.report import say
+from lora_core.errors import ConfigError
 from sam3_lora import official
 from sam3_lora.config import PATCH, Config, Lora
 from sam3_lora.network import build_network, set_gradient_checkpointing
@@ -36,14 +34,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Base:
+class Base(base_file.Base):
     """Where a network's frozen weights came from; `model.sam3_base`."""
 
-    path: Path  # absolute
-    name: str  # without folders; of a hub id with the revision
-    format: str  # see official.OfficialFile
-    variant: str  # "sam3", or "custom" for another size
-    fingerprint: str | None  # see base_fingerprint; None: the values were not read
     has_tracker: bool  # whether the file holds the video tracker too
 
 
@@ -167,12 +160,9 @@ def glance(cfg: Config, *checks: Callable[[Sam3Model], object]) -> None:
         CheckpointError: a missing adapter, or what `skeleton` raises.
         ConfigError: no vocabulary, or that of another model.
     """
-    preflight.check_all(lambda: _adapter_exists(cfg), lambda: _base_fits(cfg, checks))
-
-
-def _adapter_exists(cfg: Config) -> None:
-    if cfg.adapter and not os.path.exists(cfg.adapter):
-        raise CheckpointError(f"--adapter {Path(cfg.adapter).absolute()} does not exist")
+    preflight.check_all(
+        lambda: on_base.refuse_missing(cfg.adapter), lambda: _base_fits(cfg, checks)
+    )
 
 
 def _base_fits(cfg: Config, checks: Sequence[Callable[[Sam3Model], object]]) -> None:
@@ -240,11 +230,7 @@ def tokenizer(model: Sam3Model, bpe_path: str | Path | None = None) -> Tokenizer
 
 def adapter_metadata(model: Sam3Model) -> dict[str, Any]:
     """What an adapter must remember to be used correctly: its base and its image size."""
-    base = model.sam3_base
-    return {
-        "base": {"file": base.name, "variant": base.variant, "fingerprint": base.fingerprint},
-        "image_size": list(image_size(model)),
-    }
+    return on_base.metadata(model.sam3_base, image_size(model))
 
 
 def save_adapter(
@@ -269,12 +255,4 @@ def load_adapter(model: Sam3Model, path: str | Path, allow_partial: bool = False
     Raises:
         CheckpointError: unusable file, or the adapter of another base.
     """
-    file = adapter_file.read_adapter(path, size_limit(model))
-    base = model.sam3_base
-    here = f"{base.path} ({base.variant})"
-    base_file.refuse_other_base(path, file.metadata, here, base.fingerprint)
-    alpha = None if file.config else Lora.alpha
-    adapter_file.load_adapter(model, file, lora_alpha=alpha, allow_partial=allow_partial)
-    if alpha is not None:
-        say(f"{path} holds tensors only: lora_alpha is taken to be {alpha}, the default")
-    return file.metadata
+    return on_base.load(model, path, model.sam3_base, Lora.alpha, allow_partial=allow_partial)

@@ -79,6 +79,7 @@ def encoded(net: Sam3Model, words: Tokenizer, splits: Splits) -> EncodedPhrases 
 def loss_of(cfg: Config, phrases: EncodedPhrases | None) -> Callable[[Any, dict[str, Any]], Any]:
     """(network, batch) -> (loss, parts)."""
     from sam3_lora import losses, network
+    from sam3_lora.normalisers import Normalisers
     from sam3_lora.outputs import Targets
 
     masks, one_to_many = cfg.training.enable_segmentation, cfg.training.o2m_weight > 0
@@ -94,7 +95,8 @@ def loss_of(cfg: Config, phrases: EncodedPhrases | None) -> Callable[[Any, dict[
                 "attention_mask": phrases.mask[rows],
             }
         outputs = network.forward(net, batch, masks=masks, one_to_many=one_to_many)
-        return losses.loss(outputs, Targets(**batch["targets"]), weights)
+        sizes = Normalisers(**batch["update"]) if "update" in batch else None
+        return losses.loss(outputs, Targets(**batch["targets"]), weights, sizes)
 
     return loss
 

@@ -167,7 +167,8 @@ def adapt(model: Sam3Model, cfg: Config) -> Summary:
         RuntimeError: other layers than intended were adapted, as after a change of names in the
             library; training would be worth nothing.
     """
-    from lora_core.injection import inject, lora_layers
+    from lora_core.injection import inject
+    from lora_core.overview import require_linears
 
     summary = inject(model, lora_config(cfg))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -179,11 +180,5 @@ def adapt(model: Sam3Model, cfg: Config) -> Summary:
         return summary
     sites = {site for name in names for site in _sites(name, _components(cfg))}
     wanted = [shape for site in sites for shape in linears(model.config, *site)]
-    expected = cfg.lora.rank * sum(map(sum, wanted))
-    layers = len(lora_layers(model))
-    if (layers, summary.trainable) != (len(wanted), expected):
-        raise RuntimeError(
-            f"target_modules {names} adapted {layers} layers with {summary.trainable} trainable "
-            f"parameters instead of {len(wanted)} with {expected}"
-        )
+    require_linears(summary, wanted, cfg.lora.rank, f"target_modules {names}")
     return summary

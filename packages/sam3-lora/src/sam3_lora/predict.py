@@ -6,15 +6,14 @@ data set whose annotations are COCO results: box, mask, score, and the phrase.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lora_core.config import option, parse
 from lora_core.errors import ConfigError, DataError, listing, one_line
-from sam3_lora.config import Config, Dataset, Device, Paths, parse_size
+from sam3_lora.model_options import ModelOptions
 from sam3_lora.user_prompts import Prompt, prompts_of_flags, read_prompts
 
 if TYPE_CHECKING:
@@ -23,12 +22,11 @@ if TYPE_CHECKING:
 
     from sam3_lora.predictor import Prediction, Predictor
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
 RESULTS = "predictions.json"
 
 
-@dataclass
-class Options:
+@dataclass(kw_only=True)
+class Options(ModelOptions):
     """Settings of `sam3-lora predict`."""
 
     images: list[str] = option(MISSING, "Pictures, or folders of pictures.", "input")
@@ -49,28 +47,6 @@ class Options:
         '"boxes": [[x0, y0, x1, y1]], "labels": [1]}]}.',
         "input",
     )
-    checkpoint: str = option(
-        Paths.sam3_checkpoint,
-        "Base model, or a merged model (then without --adapter): file, folder or hub id.",
-        "model",
-    )
-    adapter: str | None = option(None, "best.pt, epoch_N.pt, or a PEFT directory.", "model")
-    bpe_path: str | None = option(
-        None, "bpe_simple_vocab_16e6.txt.gz of CLIP, where the checkpoint has no tokenizer beside.",
-        "model",
-    )  # fmt: skip
-    allow_partial: bool = option(
-        False, "Use what fits of an adapter with missing or unexpected tensors.", "model"
-    )
-    resolution: str | None = option(
-        None,
-        "Model input such as 1008 or 672x1008; default: the adapter's or checkpoint's own.",
-        "model",
-    )
-    precision: Precision = option(
-        "auto", "Mixed precision; auto is fp32 on the CPU, bf16 or fp16 on a GPU.", "model"
-    )
-    device: Device = option("auto", "Where to compute.", "model")
     threshold: float = option(
         0.5,
         "Keep objects with a score above this, 0 to 1; sam3-lora evaluate suggests a value.",
@@ -108,25 +84,11 @@ class Options:
                 "and --labels"
             )
         try:
-            size_of(self.resolution)
+            self.input_size()
             if not self.prompts:
                 prompts_of_flags(self.phrases, self.boxes, self.labels)
         except ConfigError as error:
             yield str(error)
-
-
-def size_of(resolution: str | None) -> tuple[int, int] | None:
-    """--resolution as (height, width); None: the model's own.
-
-    Raises:
-        ConfigError: no size that the network runs at.
-    """
-    if resolution is None:
-        return None
-    try:
-        return parse_size(resolution)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("--dataset.", "--")) from None
 
 
 def main(argv: Sequence[str]) -> int:
@@ -142,19 +104,10 @@ def main(argv: Sequence[str]) -> int:
     prompts = ready(options)
 
     from lora_core.report import say
-    from lora_core.tensor_file import atomic_write
+    from lora_core.tensor_file import write_json
     from sam3_lora.data import notes_on_length
-    from sam3_lora.predictor import Predictor
 
-    predictor = Predictor.load(
-        options.checkpoint,
-        options.adapter,
-        size_of(options.resolution),
-        options.device,
-        options.precision,
-        options.bpe_path,
-        options.allow_partial,
-    )
+    predictor = options.predictor()
     phrases = list(dict.fromkeys(one.phrase for asked in prompts.values() for one in asked))
     for note in notes_on_length(phrases, predictor.words):
         say(f"note: {note}")
@@ -162,8 +115,7 @@ def main(argv: Sequence[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     damaged: list[str] = []
     content = coco(predict_all(predictor, prompts, options, damaged), phrases)
-    with atomic_write(folder / RESULTS) as file:
-        file.write(json.dumps(content).encode())
+    write_json(folder / RESULTS, content, indent=None)
     done = len(content["images"])
     say(f"{done} picture{'s' * (done != 1)} -> {folder.absolute()}")
     if damaged:
@@ -191,7 +143,7 @@ def ready(options: Options) -> dict[Path, list[Prompt]]:
     images = find_images(options.images, "_overlay.png")
     prompts = read_prompts(images, options.phrases, options.boxes, options.labels, options.prompts)
     refuse_results(options, images)
-    check_all(lambda: check_device(options), lambda: glance(options))
+    check_all(options.check_device, options.glance)
     return prompts
 
 
@@ -214,34 +166,6 @@ def refuse_results(options: Options, images: Sequence[Path]) -> None:
             f"--output {one_line(folder.absolute())} holds {len(there)} of the results already, "
             f"such as {one_line(there[0])}: choose another folder, or add --overwrite"
         )
-
-
-def check_device(options: Any) -> None:
-    """Refuse a device or precision that this machine does not have.
-
-    Raises:
-        ConfigError: with what it has.
-    """
-    from lora_core.training.arguments import choose_device, choose_precision
-
-    choose_precision(options.precision, choose_device(options.device))
-
-
-def glance(options: Any) -> None:
-    """Look at versions, and at the headers and the vocabulary of --checkpoint and --adapter.
-
-    Raises:
-        ConfigError, CheckpointError: what cannot work, all together.
-    """
-    from lora_core import preflight
-    from sam3_lora import model
-
-    paths = Paths(options.checkpoint, options.bpe_path)
-    size = Dataset(resolution=options.resolution or Dataset.resolution)
-    preflight.check_all(
-        lambda: preflight.versions("sam3-lora", "lora-core[pictures]"), preflight.torchvision
-    )
-    model.glance(Config(paths=paths, dataset=size, adapter=options.adapter))
 
 
 # -- looking -------------------------------------------------------------------------------------

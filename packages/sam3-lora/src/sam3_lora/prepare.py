@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import json
 import shlex
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lora_core.config import option, parse
+from lora_core.data_file import new_tree
 from lora_core.errors import ConfigError, DataError, one_line, printable
 from lora_core.preflight import writable
 from lora_core.report import say, table
@@ -128,15 +128,9 @@ def prepare(options: Options) -> list[tuple[object, ...]]:
     found = read_all(options)
     sides, numbers = divided(found, options), numbered(found.parts)
     rows = [_row(split, part, found) for split, part in sides.items()]
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{output.name[:60]}.", dir=output.parent) as new:
-            _write_tree(Path(new) / "tree", sides, numbers, found, options)
-            check_output(output, options)  # again: writing takes its time
-            _put_in_place(Path(new), output)
-    except OSError as error:
-        file = one_line(error.filename or output)  # it may be a picture that is gone meanwhile
-        raise DataError(f"{output}: cannot be written: {file}: {error.strerror}") from error
+    with new_tree(output) as tree:
+        _write_tree(tree, sides, numbers, found, options)
+        check_output(output, options)  # again: writing takes its time
     return rows
 
 
@@ -344,15 +338,3 @@ def _write_tree(
     if found.bad:
         write_report(tree / REPORT, found.bad)
         say(f"note: {len(samples(found.bad))} bad samples are left out: see {REPORT} in the output")
-
-
-def _put_in_place(folder: Path, output: Path) -> None:
-    """Rename the finished tree to its name; an older one is kept until that has worked."""
-    if output.exists():
-        output.rename(folder / "old")
-    try:
-        (folder / "tree").rename(output)
-    except OSError:
-        if (folder / "old").exists():
-            (folder / "old").rename(output)
-        raise

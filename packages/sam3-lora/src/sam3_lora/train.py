@@ -7,17 +7,16 @@ from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lora_core.config import parse
-from lora_core.errors import ConfigError
 from lora_core.errors import run as guarded
 from lora_core.guards import Guards
 from lora_core.report import RunLog, copied_to, say
+from lora_core.run_folder import read_settings, travelling
 from sam3_lora import objective
 from sam3_lora.artifacts import (
+    PATHS,
     Artifacts,
     Run,
     checkpoint_of,
-    described,
     find_run,
     new_run,
     refuse_existing,
@@ -85,16 +84,7 @@ def train(argv: Sequence[str]) -> int:
 def settings(argv: Sequence[str]) -> tuple[Config, Run | None]:
     """Read the command line; a resumed run has its own settings, changed by flags given now."""
     about = {"prog": "sam3-lora train", "description": "Train a LoRA of SAM 3 on your phrases."}
-    cfg = parse(Config, argv, **about)
-    if not cfg.resume:
-        return cfg, None
-    if cfg.adapter:
-        raise ConfigError(
-            "--resume continues a run with all its state, --adapter starts a new run from weights "
-            "alone: give one of them"
-        )
-    run = find_run(cfg.resume)
-    return parse(Config, ["--config", str(run.config), *argv], **about), run
+    return read_settings(Config, argv, find_run, **about)
 
 
 def ready(cfg: Config, *checks: Callable[[], object]) -> None:
@@ -109,12 +99,7 @@ def ready(cfg: Config, *checks: Callable[[], object]) -> None:
     """
     from lora_core import preflight
 
-    preflight.check_all(
-        lambda: preflight.versions(
-            "sam3-lora", "lora-core[train,pictures,peft]", optional=("peft",)
-        ),
-        preflight.torchvision,
-    )
+    preflight.libraries("sam3-lora", "train,pictures,peft", optional=("peft",))
     from lora_core.training.arguments import check_device
     from sam3_lora import model
 
@@ -133,6 +118,7 @@ def fit(cfg: Config, run: Run | None, device: torch.device) -> int:
     from lora_core.distributed import first_rank_decides
     from lora_core.trainer import LoraTrainer
     from sam3_lora import data, memory, model, network, validation
+    from sam3_lora.normalisers import counted
     from sam3_lora.predictor import Predictor
     from sam3_lora.scoring import EncodedPhrases
 
@@ -154,7 +140,8 @@ def fit(cfg: Config, run: Run | None, device: torch.device) -> int:
     use = memory.disk_use(net, cfg, updates, splits.val is not None)
     check_space(use, cfg.checkpoint.save_dir, folder_bytes(run.folder) if run else 0)
     run = run or first_rank_decides(lambda: new_run(cfg, f"{splits}\n\n{summary(net)}"), device)
-    list_bad_samples(run, splits, device)
+    first_rank_decides(run.tidy, device)
+    run.list_bad_samples(splits.bad, device)
 
     predictor = Predictor(net, words, number_format, fixed)
     with copied_to(run.text):
@@ -177,9 +164,10 @@ def fit(cfg: Config, run: Run | None, device: torch.device) -> int:
             save_adapter=lambda path: model.save_adapter(net, path),
             referenced=artifacts.steps,
             schedule=schedule(cfg),
+            count=partial(counted, masks=cfg.training.enable_segmentation),
             sharded=network.divisible(net) if cfg.shard_base else (),
             guards=cfg,
-            settings=described(cfg),
+            settings=travelling(cfg, PATHS),
             fingerprints=prints,
             may_change=MAY_CHANGE,
             resume_with=f"sam3-lora train --resume {run.folder}",
@@ -192,15 +180,6 @@ def fit(cfg: Config, run: Run | None, device: torch.device) -> int:
         first_rank_decides(lambda: conclude(trainer, artifacts, splits, phrases), device)
         log.close()
     return 0
-
-
-def list_bad_samples(run: Run, splits: Splits, device: torch.device) -> None:
-    """Write what was left out, and why, into the folder of the run."""
-    from lora_core.distributed import first_rank_decides
-    from lora_core.validate import REPORT, write_report
-
-    if splits.bad:
-        first_rank_decides(lambda: write_report(run.folder / REPORT, splits.bad), device)
 
 
 def schedule(cfg: Config) -> Callable[[int, int], float] | None:
@@ -259,7 +238,7 @@ def conclude(trainer: LoraTrainer, artifacts: Artifacts, splits: Splits, phrases
 
     from lora_core.training.checks import untouched
     from lora_core.training.out_of_memory import explained
-    from lora_core.validate import REPORT, samples
+    from lora_core.validate import samples
     from sam3_lora import validation
 
     run, step, best = artifacts.run, trainer.state.global_step, trainer.best
@@ -285,8 +264,7 @@ def conclude(trainer: LoraTrainer, artifacts: Artifacts, splits: Splits, phrases
         dropped_updates=trainer.dropped,
     )
     say(f"\nresults: {run.folder}\n  adapter for PEFT: {run.adapter}\n  figures: {run.csv}")
-    if splits.bad:
-        say(f"  left out: {len(samples(splits.bad))} bad samples, see {run.folder / REPORT}")
+    run.say_left_out(splits.bad)
 
 
 if __name__ == "__main__":

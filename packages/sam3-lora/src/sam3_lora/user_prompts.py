@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_core.errors import ConfigError, DataError, UserError, listing, near, one_line
+from lora_core.errors import ConfigError, DataError, UserError, listing, one_line
+from lora_core.pictures.user_prompts import are_coordinates, read_entries, refuse_outside
 from lora_core.settings.types import shown
 
-LIMIT = 1e9  # pixels: no picture is as large
 FORM = '{"a.jpg": ["bolt", {"phrase": "nut", "boxes": [[x0, y0, x1, y1]], "labels": [1]}]}'
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in the picture's pixels
@@ -57,7 +57,7 @@ def read_prompts(
         prompts = dict.fromkeys(images, prompts_of_flags(phrases, boxes, labels))
     else:
         prompts = _read_file(Path(file), images)
-    _check_pictures(prompts)
+    refuse_outside(prompts, _outside)
     return prompts
 
 
@@ -113,28 +113,13 @@ def _read_file(path: Path, images: Sequence[Path]) -> dict[Path, list[Prompt]]:
     Raises:
         DataError: all problems of the file.
     """
-    from lora_core.data_file import read_json
-
-    content, where = read_json(path), one_line(path)
-    if not isinstance(content, dict):
-        raise DataError(f"{where}: expected an object such as {FORM}")
-    by_name = {image.name: image for image in images}
-    prompts: dict[Path, list[Prompt]] = {}
-    problems = []
-    for name, entry in content.items():
-        if name not in by_name:
-            hint = near(name, by_name) or f"there is {one_line(next(iter(by_name)))}"
-            problems.append(f"{where}: no picture {shown(name)} among --images; {hint}")
-            continue
-        prompts[by_name[name]] = []
-        try:
-            prompts[by_name[name]] = _entry(entry, f"{where}: {shown(name)}")
-        except DataError as error:
-            problems.append(str(error))
+    prompts, problems = read_entries(path, images, _entry, f"such as {FORM}")
     missing = [one_line(image.name) for image in images if image not in prompts]
     if missing:
         names = ", ".join(missing[:5])
-        problems.append(f"{where}: nothing is asked of {len(missing)} pictures, such as {names}")
+        problems.append(
+            f"{one_line(path)}: nothing is asked of {len(missing)} pictures, such as {names}"
+        )
     if problems:
         raise DataError(listing(problems))
     return {image: prompts[image] for image in images}
@@ -227,35 +212,9 @@ def _refuse_doubles(asked: Sequence[Prompt], where: str, kind: type[UserError]) 
 
 
 def _is_box(values: Any) -> bool:
-    return (
-        isinstance(values, list)
-        and len(values) == 4
-        and all(type(v) in (int, float) and abs(v) < LIMIT for v in values)  # false for NaN too
-        and values[0] < values[2]
-        and values[1] < values[3]
-    )
+    return are_coordinates(values, 4) and values[0] < values[2] and values[1] < values[3]
 
 
-def _check_pictures(prompts: dict[Path, list[Prompt]]) -> None:
-    """Read the header of every picture.
-
-    Raises:
-        DataError: what is no picture, and boxes that leave theirs.
-    """
-    from lora_core.pictures.files import read_size  # imports PIL: wrong flags need not wait
-
-    problems = []
-    for image, asked in prompts.items():
-        try:
-            size = read_size(image)
-        except DataError as error:
-            problems.append(str(error))
-            continue
-        problems += [
-            f"{one_line(image.name)}: box {','.join(f'{v:g}' for v in box)} leaves the picture of "
-            f"{size[1]} x {size[0]} pixels"
-            for prompt in asked
-            for box in prompt.outside(size)
-        ]
-    if problems:
-        raise DataError(listing(problems))
+def _outside(prompt: Prompt, size: tuple[int, int]) -> list[str]:
+    texts = (",".join(f"{value:g}" for value in box) for box in prompt.outside(size))
+    return [f"box {text} leaves the picture" for text in texts]

@@ -145,11 +145,14 @@ def _average(values: NDArray, edges: NDArray[np.floating]) -> NDArray[np.float64
 # -- mask files ------------------------------------------------------------------------------------
 
 
-def binary_object(values: NDArray[np.integer], evident: bool, label: str) -> list[Object]:
+def binary_object(
+    values: NDArray[np.integer], evident: bool, label: str, setting: str = "--mask_kind"
+) -> list[Object]:
     """The foreground of a mask of 0 and one other value; nothing if there is none.
 
     Args:
         evident: take only 1 or 255 for foreground, since nobody said what the values mean.
+        setting: the flag that says it, for the message.
 
     Raises:
         UnclearKind: other values; a soft or lossy mask has many.
@@ -160,7 +163,7 @@ def binary_object(values: NDArray[np.integer], evident: bool, label: str) -> lis
         raise UnclearKind(
             f"mask values {listed(found)}, expected "
             + ("0 and 1, or 0 and 255" if evident else "0 and one other")
-            + "; say what they mean with --mask_kind instances (one id per object) or labels (one "
+            + f"; say what they mean with {setting} instances (one id per object) or labels (one "
             "index per class); soft edges and JPEG masks must be thresholded first"
         )
     return (

@@ -353,7 +353,7 @@ def _help(leaves: dict[str, _Leaf], prog: str, description: str) -> str:
     general.add_argument("--options", metavar="A.B=C", help="Several settings as NAME=VALUE words.")
     general.add_argument("--debug", action="store_true", help="Keep the traceback of an error.")
     groups: dict[str, Any] = {}
-    for leaf in leaves.values():
+    for leaf in sorted(leaves.values(), key=lambda leaf: not leaf.required):  # required first
         title = leaf.group or (leaf.key if leaf.is_dict else "settings")
         if title not in groups:
             groups[title] = parser.add_argument_group(title)

@@ -24,7 +24,7 @@ import stat
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 _VERBS = ("chmod", "link", "mkdir", "remove", "rename", "rmdir", "symlink", "truncate")
@@ -39,6 +39,7 @@ def kill_points(
     check: Callable[[int], object],
     prepare: Callable[[], object] = lambda: None,
     limit: int = 2000,
+    at: Iterable[int] | None = None,
 ) -> int:
     """Run `action` in a child that dies by SIGKILL at its n-th file operation, for every n.
 
@@ -47,21 +48,26 @@ def kill_points(
             raises AssertionError if what it finds must not be.
         prepare: called before each run: puts the files back.
         limit: operations after which something must be wrong.
+        at: only these n, in their order, for actions of many seconds; see `changes_of_names`.
 
     Returns:
-        The number of operations, each of which was a point of death.
+        The number of points of death: of operations, unless `at` says which of them.
 
     Raises:
         AssertionError: `action` failed, with its traceback; or nothing was counted; or `check`.
     """
-    for n in range(1, limit):
+    done = 0
+    for n in range(1, limit) if at is None else at:
         prepare()
         killed = _run(action, n)
         check(n)
         if not killed:
             assert n > 1, "the action does nothing to any file"
-            return n - 1
-    raise AssertionError(f"more than {limit} file operations")
+            return done
+        done += 1
+    if at is None:
+        raise AssertionError(f"more than {limit} file operations")
+    return done
 
 
 def operations(action: Callable[[], object]) -> list[tuple[str, str]]:
@@ -72,6 +78,26 @@ def operations(action: Callable[[], object]) -> list[tuple[str, str]]:
         lines = log.read().decode("utf-8", "surrogateescape").splitlines()
     pairs = [line.split("\t", 1) for line in lines]
     return [(kind, path) for kind, path in pairs]
+
+
+def changes_of_names(done: Iterable[tuple[str, str]]) -> list[int]:
+    """Where to kill so that every set of whole files that an action passes through is seen.
+
+    Args:
+        done: from `operations`. Between two changes of names only files that no name says to be
+            whole grow: there one point, in the middle of a write, is enough.
+
+    Returns:
+        Numbers of operations, from 1: those that change a name, and the last write before each.
+    """
+    found, written = [], 0
+    for n, (kind, _) in enumerate(done, 1):
+        if kind == "write":
+            written = n
+        elif kind in ("rename", "remove", "rmdir", "link", "symlink"):
+            found += [written, n] if written else [n]
+            written = 0
+    return found + [written] * (written > 0)
 
 
 def _run(action: Callable[[], object], deadly: int, log: int | None = None) -> bool:

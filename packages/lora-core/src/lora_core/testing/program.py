@@ -5,6 +5,8 @@ In a package's tests the whole contract is
     @pytest.mark.parametrize("promise", program.CONTRACT, ids=lambda promise: promise.__name__)
     def test_program(promise, tmp_path):
         promise(Program(train.main, small_run, continue_run, Config), tmp_path)
+
+and another one like it, marked slow, over `program.SLOW`.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import contextlib
 import csv
 import io
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-
+from lora_core.adapters.read import read_adapter
 from lora_core.config import dump, parse
+from lora_core.testing.kill_points import changes_of_names, kill_points, operations
 
 Arguments = Callable[[Path], list[str]]
 
@@ -133,7 +136,8 @@ def a_stopped_run_resumes_to_the_same_bits(program: Program, folder: Path) -> No
     assert status == 143, f"exit status {status}\n{out}\n{err}"
     assert "Traceback" not in err, err
     assert "resume" in err, err
-    assert adapters(stopped) != adapters(whole), "the run was not stopped before its end"
+    # Not by the adapters: the best one may be that of the first checkpoint in both.
+    assert figures(stopped) != figures(whole), "the run was not stopped before its end"
     status, out, err = program.run(program.resume(stopped))
     assert status == 0, err
     assert adapters(stopped) == adapters(whole), "other adapters after the stop"
@@ -144,6 +148,38 @@ def a_stopped_run_resumes_to_the_same_bits(program: Program, folder: Path) -> No
     assert "already finished" in out, out
     assert adapters(stopped) == before
     assert figures(stopped) == figures(whole)
+
+
+def a_killed_run_resumes_to_the_same_bits(program: Program, folder: Path) -> None:
+    """SIGKILL wherever a file gets or loses its name, or just before, between the first checkpoint
+    and the end: continued, the run ends as the one that was never killed, and leaves no scraps."""
+    whole, run, kept = folder / "whole", folder / "run", folder / "kept"
+    status, _, err = program.run(program.small(whole))
+    assert status == 0, err
+    with signal_at_first_checkpoint(signal.SIGTERM):
+        status, _, err = program.run(program.small(run))
+    assert status == 143, err
+    shutil.copytree(run, kept)
+    ends = adapters(whole), figures(whole)
+
+    def prepare() -> None:
+        shutil.rmtree(run)
+        shutil.copytree(kept, run)
+
+    def go_on() -> None:
+        status, out, err = program.run(program.resume(run))
+        assert status == 0, f"{out}\n{err}"
+
+    def check(n: int) -> None:
+        where = f"killed at operation {n}, {done[n - 1]}"
+        go_on()
+        assert adapters(run) == ends[0], f"other adapters: {where}"
+        assert figures(run) == ends[1], f"other figures: {where}"
+        scraps = [path for path in run.rglob("*") if path.suffix in (".tmp", ".gone")]
+        assert not scraps, f"{scraps} left: {where}"
+
+    done = operations(go_on)
+    assert kill_points(go_on, check, prepare, at=changes_of_names(done)) > 10
 
 
 _armed: list[int] = []  # the signal that the next checkpoint of this process sends
@@ -171,15 +207,17 @@ def _listen(event: str, arguments: tuple[object, ...]) -> None:
 
 
 def adapters(folder: Path) -> dict[str, dict[str, bytes]]:
-    """Bits of all tensors of the final adapters below a folder; not the settings beside them,
-    which say where a run lies."""
-    found = sorted(folder.rglob("adapter_model.safetensors"))
-    own = [path for path in found if not path.parent.parent.name.startswith("checkpoint-")]
+    """Bits of all tensors of the final adapters below a folder, directories and single files; not
+    the settings beside them, which say where a run lies."""
+    directories = [path.parent for path in folder.rglob("adapter_model.safetensors")]
+    own = [path for path in directories if not path.parent.name.startswith("checkpoint-")]
+    files = [path for path in folder.rglob("*") if path.suffix in (".pt", ".torch")]
+    own += [path for path in files if "merged" not in path.name]  # whole models
     return {
-        path.parent.name: {
-            name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()
+        path.name: {
+            name: tensor.numpy().tobytes() for name, tensor in read_adapter(path).tensors.items()
         }
-        for path in own
+        for path in sorted(own)
     }
 
 
@@ -199,3 +237,4 @@ CONTRACT: tuple[Callable[[Program, Path], None], ...] = (
     a_dry_run_writes_nothing,
     a_stopped_run_resumes_to_the_same_bits,
 )
+SLOW: tuple[Callable[[Program, Path], None], ...] = (a_killed_run_resumes_to_the_same_bits,)

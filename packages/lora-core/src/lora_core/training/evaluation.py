@@ -7,7 +7,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 
+from lora_core.distributed import wait_for_first
 from lora_core.errors import ConfigError
 from lora_core.report import duration, figure, say
 from lora_core.training import sharding
@@ -27,7 +29,7 @@ def evaluate(trainer: LoraTrainer) -> dict[str, float]:
     """
     step, began = trainer.state.global_step, time.monotonic()
     with sharding.whole(trainer.sharded):
-        outcome = trainer.from_first(_measure(trainer))
+        outcome = _from_first(trainer, _measure(trainer))
     trainer.phase = "training"
     trainer.evaluation_due = bool(outcome["signal"])
     if outcome["signal"]:
@@ -80,6 +82,16 @@ def _measure(trainer: LoraTrainer) -> dict[str, Any]:
     return answer
 
 
+def _from_first(trainer: LoraTrainer, answer: dict[str, Any]) -> dict[str, Any]:
+    """Give all ranks what rank 0 has, however long they have to wait for it."""
+    answers: list[Any] = [answer]
+    if trainer.args.world_size > 1:
+        wait_for_first()
+        broadcast_object_list(answers)
+    shared: dict[str, Any] = answers[0]
+    return shared
+
+
 def _draw(trainer: LoraTrainer, step: int) -> None:
     if trainer.draw is None or trainer.args.process_index != 0:
         return
@@ -112,4 +124,4 @@ def _stop_early(trainer: LoraTrainer, metric: str) -> None:
     what = f"{figure(best['value'])} at step {best['step']}" if best else "none"
     say(f"stopped: {trainer.without_gain} validations without a better {metric} (best: {what})")
     trainer.control.should_training_stop = trainer.control.should_save = True
-    trainer.log_training_row(trainer.learning_rate(), None)
+    trainer.log_training_row(trainer._get_learning_rate(), None)

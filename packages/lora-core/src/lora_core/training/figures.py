@@ -11,6 +11,8 @@ from torch import Tensor
 from lora_core.errors import UserError
 from lora_core.report import say
 
+COLUMNS = 100  # of a line on the terminal
+NUMBER = 7  # columns of one, as `report.figure` writes it: 0.8123, 1649.6, 1.0e-05
 IN_A_ROW = 3  # failures of the log or of the evaluation that end the training
 
 
@@ -65,6 +67,37 @@ class Means:
             before, counted = totals.get(name, (0.0, 0))
             totals[name] = (before + total, counted + count)
         return {name: total / count for name, (total, count) in totals.items() if count > 0}
+
+
+def on_a_line(
+    means: Mapping[str, float], others: Mapping[str, float], steps: int, columns: int = COLUMNS
+) -> dict[str, float]:
+    """The loss, `others`, and as many parts of the loss as fit beside them on a line.
+
+    A loss names its parts with the most telling ones first. Which are shown depends on names and
+    widths alone, so that it is the same in every line. `loss_bbox` and `presence_loss` are called
+    bbox and presence there; the log has all parts under their whole names.
+
+    Args:
+        means: "loss" and its parts. steps: of the whole run.
+    """
+
+    def width(name: str) -> int:
+        return len(f"  {name} ") + NUMBER
+
+    taken = {"loss", *others}
+    room = columns - len(f"step {steps}/{steps}  left 00:00:00") - sum(map(width, taken))
+    shown = {name: value for name, value in means.items() if name == "loss"}
+    for name, value in means.items():
+        if name in taken:
+            continue
+        short = name.removeprefix("loss_").removesuffix("_loss")
+        label = name if short in {"", *taken, *means, *shown} else short
+        room -= width(label)
+        if room < 0:
+            break
+        shown[label] = value
+    return {**shown, **others}
 
 
 class Setbacks:

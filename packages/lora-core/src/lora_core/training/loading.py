@@ -1,4 +1,4 @@
-"""When data that was good before training cannot be loaded any more: try again, then say which."""
+"""Loading samples: anew in every epoch, and what is done when good data cannot be read any more."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
@@ -19,6 +20,51 @@ PAUSES = (0.2, 1.0, 3.0)  # seconds before reading again: a network disk that co
 MOST_WORKERS = 256
 
 T = TypeVar("T")
+
+
+class Record(Protocol):
+    """What a training sample is made from."""
+
+    @property
+    def key(self) -> str:
+        """Its name, for messages."""
+
+
+R = TypeVar("R", bound=Record)
+
+
+class EpochDataset(Dataset[T], Generic[R, T]):
+    """Records as training samples: functions of (seed, epoch, index) alone.
+
+    Workers and resuming do not change them. A package writes `__getitem__`, which draws all that is
+    random from `rng(index)`.
+
+    Attributes:
+        records: what the samples are made from, in their order.
+    """
+
+    def __init__(self, records: Sequence[R], seed: int) -> None:
+        self.records, self.seed = list(records), seed
+        # Shared memory: workers that outlive an epoch must hear of the next one.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose random choices the samples show."""
+        self._epoch.fill_(epoch)
+
+    def rng(self, index: int) -> np.random.Generator:
+        """The generator of a sample in this epoch, at its beginning."""
+        return np.random.default_rng([self.seed % 2**32, int(self._epoch), index])
+
+    def name_of(self, index: int) -> str:
+        """The record's name, for messages."""
+        return self.records[index].key
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+# -- data that was good when the run began ---------------------------------------------------------
 
 
 def retried(read: Callable[[], T], pauses: Sequence[float] | None = None) -> T:

@@ -4,21 +4,45 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_core import checkpoint
 from lora_core.checkpoint.state import pack
-from lora_core.errors import CheckpointError, NumericError
+from lora_core.distributed import finishing, first_rank_decides
+from lora_core.errors import CheckpointError
 from lora_core.report import say
-from lora_core.training import numerics, resume_check
+from lora_core.training import resume_check, sharding
 from lora_core.training.checks import untouched
 
 if TYPE_CHECKING:
     from lora_core.trainer import LoraTrainer
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def save(trainer: LoraTrainer) -> None:
+    """Write adapter, optimizer, schedule, random states and counters; nothing of the base.
+
+    Called in all processes: the first one writes.
+
+    Raises:
+        CheckpointError: see `write`.
+    """
+    ranks = trainer._gather(own_state(trainer))
+
+    def first() -> dict[str, Any] | None:
+        try:
+            with finishing():
+                write(trainer, ranks)
+        except Exception as error:
+            error.add_note(f"while saving at step {trainer.state.global_step}")
+            raise
+        return trainer.best  # where saving has failed it is the one before
+
+    with sharding.whole(trainer.sharded):
+        trainer.best = first_rank_decides(first, trainer.args.device)
+    trainer.new_best = False
 
 
 def own_state(trainer: LoraTrainer) -> dict[str, Any]:
@@ -46,7 +70,7 @@ def write(trainer: LoraTrainer, ranks: list[Any]) -> None:
 
     try:
         with untouched(trainer.network):
-            checkpoint.save(run, step, state, fill, trainer.record())
+            checkpoint.save(run, step, state, fill, record(trainer))
             if trainer.new_best and trainer.best and trainer.on_best:
                 trainer.on_best(step, trainer.best["metrics"])
             if trainer.on_latest:
@@ -76,7 +100,7 @@ def _refuse_or_go_on(
         )
     kept = checkpoint.steps(run)
     kept_line = f"The checkpoint of step {kept[-1]} is as it was" if kept else "There is none yet"
-    if not full or trainer.is_last_save():
+    if not full or _is_last(trainer):
         raise CheckpointError(
             f"{message}\n{kept_line}; make room or restore the access, then resume"
             f"{trainer.how_to_resume()}"
@@ -84,11 +108,38 @@ def _refuse_or_go_on(
     say(f"warning: {message}. {kept_line}; the training goes on, the next save tries again")
 
 
+def _is_last(trainer: LoraTrainer) -> bool:
+    """Whether the training ends here, so that a failed save cannot be made up for."""
+    ends = trainer.state.global_step >= trainer.state.max_steps
+    return trainer.control.should_training_stop or ends
+
+
+def record(trainer: LoraTrainer) -> dict[str, Any]:
+    """What a checkpoint's manifest says of the run."""
+    return {
+        "config": trainer.settings,
+        "fingerprints": trainer.fingerprints,
+        "world": _world(trainer),
+    }
+
+
+def _world(trainer: LoraTrainer) -> dict[str, int]:
+    return {
+        "processes": trainer.args.world_size,
+        "batch_size": trainer.args.per_device_train_batch_size,
+        "accumulation": trainer.args.gradient_accumulation_steps,
+    }
+
+
+def _names(trainer: LoraTrainer) -> dict[int, str]:
+    return {id(parameter): name for name, parameter in trainer.network.named_parameters()}
+
+
 def _state(trainer: LoraTrainer, ranks: list[Any]) -> dict[str, Any]:
     optimizer, scaler = trainer.plain_optimizer(), trainer.scaler
     return {
         "tensors": checkpoint.tensors(trainer.network),
-        "optimizer": checkpoint.optimizer_state(optimizer, trainer.names()),
+        "optimizer": checkpoint.optimizer_state(optimizer, _names(trainer)),
         "schedule": trainer.lr_scheduler.last_epoch if trainer.lr_scheduler else 0,
         "scaler": scaler.state_dict() if scaler else None,
         "ranks": ranks,
@@ -114,7 +165,7 @@ def restore(trainer: LoraTrainer, path: str, state: dict[str, Any], with_log: bo
         checkpoint.manifest(path),
         trainer.settings,
         trainer.fingerprints,
-        trainer.world(),
+        _world(trainer),
         trainer.may_change,
     )
     checkpoint.load_tensors(trainer.network, state["tensors"])
@@ -124,6 +175,7 @@ def restore(trainer: LoraTrainer, path: str, state: dict[str, Any], with_log: bo
     trainer.evaluation_due = bool(state.get("evaluation_due"))
     trainer.start_clock(state["seconds"])
     trainer.means.load(_window(trainer, state["ranks"]))
+    back = any(step > state["step"] for step in checkpoint.steps(str(trainer.args.output_dir)))
     if with_log:
         if trainer.args.process_index == 0:
             checkpoint.set_aside(str(trainer.args.output_dir), state["step"])
@@ -131,10 +183,47 @@ def restore(trainer: LoraTrainer, path: str, state: dict[str, Any], with_log: bo
             trainer.run_log.rewind(state["step"])
         say(f"continuing at step {state['step']} from {path}")
 
+    def again() -> None:
+        if with_log or state["step"] not in trainer.referenced():  # a finished run stays as it is
+            write_again(trainer, state, with_log and back)
+
+    first_rank_decides(again, trainer.args.device)
+
+
+def write_again(trainer: LoraTrainer, state: dict[str, Any], back: bool) -> None:
+    """Write the files beside the checkpoint that a run goes on from; mostly they are there.
+
+    A kill may have come between the checkpoint and them.
+
+    Args:
+        back: there are later checkpoints, so that the files of the best may be of one of these.
+    """
+    best, step = trainer.best, state["step"]
+    with untouched(trainer.network):
+        if best and trainer.on_best and best["step"] == step:
+            trainer.on_best(step, best["metrics"])
+        elif best and trainer.on_best and back:
+            _best_again(trainer, best, state)
+        if trainer.on_latest:
+            trainer.on_latest(step)
+
+
+def _best_again(trainer: LoraTrainer, best: dict[str, Any], state: dict[str, Any]) -> None:
+    try:
+        then = checkpoint.load(checkpoint.folder(str(trainer.args.output_dir), best["step"]))
+    except CheckpointError as error:
+        say(f"warning: the files of the best step so far stay as they are: {error}")
+        return
+    checkpoint.load_tensors(trainer.network, then["tensors"])
+    try:
+        trainer.on_best(best["step"], best["metrics"])  # type: ignore[misc]
+    finally:
+        checkpoint.load_tensors(trainer.network, state["tensors"])
+
 
 def restore_optimizer(trainer: LoraTrainer, state: dict[str, Any]) -> None:
     """Put back the moments and the place in the schedule; its shape is this run's setting."""
-    checkpoint.load_optimizer_state(trainer.plain_optimizer(), trainer.names(), state["optimizer"])
+    checkpoint.load_optimizer_state(trainer.plain_optimizer(), _names(trainer), state["optimizer"])
     checkpoint.load_schedule(trainer.lr_scheduler, state["schedule"])
     total = state.get("total", trainer.state.max_steps)
     if total != trainer.state.max_steps:
@@ -166,57 +255,3 @@ def _own(trainer: LoraTrainer, state: dict[str, Any]) -> dict[str, Any]:
     ranks = state["ranks"]
     own: dict[str, Any] = ranks[trainer.args.process_index % len(ranks)]
     return own
-
-
-# -- an update that is not finite ------------------------------------------------------------------
-
-
-def drop_update(
-    trainer: LoraTrainer,
-    batches: list[Any],
-    random: dict[str, Any],
-    gather: Callable[[Any], list[Any]],
-) -> None:
-    """Leave out the update under way on all ranks, if the guards allow it; or end the training.
-
-    A dropped update counts as a step and the learning rate goes on (with fp16 it waits, as when
-    the scaler drops one); weights and moments stay as they are, and its loss is not logged.
-
-    Args:
-        batches: its micro-batches. random: torch's random states when it began.
-
-    Raises:
-        NumericError: the message has the samples, and the folder that reproduces the update.
-    """
-    step, guards = trainer.state.global_step + 1, trainer.guards
-    own = numerics.facts(trainer.network, batches, trainer.means.update)
-    everyone = gather(own)
-    what = numerics.explain(step, everyone)
-    if not guards.skip_nonfinite or len(trainer.dropped) >= guards.max_nonfinite:
-        if guards.skip_nonfinite:
-            advice = f"--max_nonfinite {guards.max_nonfinite} updates were dropped before"
-        else:
-            advice = "or leave such updates out with --skip_nonfinite true"
-        raise NumericError(
-            f"{what}. No weight was changed{_bundle(trainer, step, batches, random, own)}\n"
-            f"Look at these samples, lower the learning rate, use fp32 or bf16; {advice}"
-        )
-    trainer.dropped.append(step)
-    trainer.means.clear()
-    for parameter in trainer.network.parameters():
-        parameter.grad = None  # the optimizer leaves such parameters and their moments alone
-    say(f"{what}. Update dropped ({len(trainer.dropped)} of at most {guards.max_nonfinite})")
-
-
-def _bundle(
-    trainer: LoraTrainer, step: int, batches: list[Any], random: dict[str, Any], found: Any
-) -> str:
-    """Write what reproduces the update; gives the words that say where it is."""
-    rank = f"-rank{trainer.args.process_index}" if trainer.args.world_size > 1 else ""
-    folder = Path(str(trainer.args.output_dir)) / f"nonfinite-step{step}{rank}"
-    about = {"step": step, "seed": trainer.args.seed, **found, **trainer.record()}
-    try:
-        numerics.write_bundle(folder, batches, random, about, trainer.write_adapter)
-    except (OSError, CheckpointError) as error:
-        return f"; its batch could not be written: {error}"
-    return f"; batch, adapter and random state: {folder.absolute()}"

@@ -7,7 +7,7 @@ accumulated batches that make up the same global batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch.utils.data import Sampler
 
 from lora_core.distributed import sum_over_ranks
 from lora_core.training.schedule import EpochSampler
+
+Counts = float | Mapping[str, float]
 
 
 class RankBatches(Sampler[list[int]]):
@@ -69,11 +71,14 @@ class Shares:
     Args:
         order: of an epoch.
         args: transformers' TrainingArguments.
-        count: `batch -> items` that the loss of a batch is the mean over; None: its samples.
+        count: `batch -> items` that the loss of a batch is the mean over; None: its samples. Or
+            several numbers by name, for a loss that divides by more than one of them: it finds
+            their sums over the update in batch["update"], and with them "share", by which it
+            multiplies what its own items add to the whole: the number of batches, or 0.
     """
 
     def __init__(
-        self, order: EpochSampler, args: Any, count: Callable[[Any], float] | None
+        self, order: EpochSampler, args: Any, count: Callable[[Any], Counts] | None
     ) -> None:
         self.batches = RankBatches(
             order,
@@ -96,10 +101,24 @@ class Shares:
             self._items = [float(n) for n in samples]
             total = float(sum(self.batches.samples_of_all(place) for place in places))
         else:
-            pairs = zip(batches, samples, strict=True)
-            self._items = [float(self.count(batch)) if n else 0.0 for batch, n in pairs]
+            counts: list[Any] = [self.count(batch) for batch in batches]
+            if isinstance(counts[0], Mapping):
+                self._tell(batches, counts, samples, device)
+                return
+            self._items = [float(of) if n else 0.0 for of, n in zip(counts, samples, strict=True)]
             total = sum_over_ranks(sum(self._items), device)
         self._mean = max(total, 1e-30) / (self.batches.world * len(batches))
+
+    def _tell(
+        self, batches: Sequence[Any], counts: list[Any], samples: list[int], device: torch.device
+    ) -> None:
+        """Write into every batch what the whole update counts; then all batches weigh the same."""
+        own = [of for of, n in zip(counts, samples, strict=True) if n]
+        sums = {name: sum_over_ranks(sum(of[name] for of in own), device) for name in counts[0]}
+        number = float(self.batches.world * len(batches))
+        for batch, n in zip(batches, samples, strict=True):
+            batch["update"] = {**sums, "share": number if n else 0.0}
+        self._items, self._mean = [1.0] * len(batches), 1.0
 
     def next(self) -> tuple[float, float]:
         """Items of the next micro-batch, and the weight of its loss; (1, 1) outside of updates."""

@@ -57,6 +57,7 @@ PLACES = 40  # places tried for an object before it is left out
 GAP = 2  # pixels between two objects, at least
 
 Image = NDArray[np.float32]
+Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Thing:
     colour: str
     size: str
     surface: str
-    mask: NDArray[np.bool_]
+    mask: Mask
 
     @property
     def words(self) -> frozenset[str]:
