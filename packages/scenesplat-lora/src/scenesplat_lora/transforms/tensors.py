@@ -1,0 +1,89 @@
+"""The end of the way: tensors of a scene, and those that the network is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lora_core.errors import DataError, near
+from scenesplat_lora.scene import Scene, place
+
+GAUSSIAN_FEATURES = ("color", "opacity", "quat", "scale")  # 11 channels, in this order
+
+
+def copy_keys(
+    scene: Scene,
+    rng: np.random.Generator,
+    *,
+    keys_dict: Mapping[str, str] = {"coord": "origin_coord", "segment": "origin_segment"},
+) -> Scene:
+    """Keep arrays as they are now under another name: {name: copy's name}."""
+    return scene | {copy: np.array(_entry(scene, name, "Copy")) for name, copy in keys_dict.items()}
+
+
+def to_tensor(scene: Scene, rng: np.random.Generator) -> Scene:
+    """Arrays as tensors: whole numbers int64, others float32, truth values as they are.
+
+    Features of norm 0 have no direction to learn: their rows of `valid_feat_mask` become false.
+    """
+    tensors = {name: _tensor(value) for name, value in scene.items()}
+    if "lang_feat" in tensors and "valid_feat_mask" in tensors:
+        some = (tensors["lang_feat"] != 0).any(dim=1)
+        tensors["valid_feat_mask"] = tensors["valid_feat_mask"].bool() & some
+    return tensors
+
+
+def _tensor(value: Any) -> Any:
+    import torch
+
+    if not isinstance(value, (np.ndarray, np.generic, int, float)):
+        return value
+    array = np.asarray(value)
+    if array.dtype.kind in "iu":  # torch has no unsigned types to convert
+        return torch.from_numpy(array.astype(np.int64))
+    # A copy, since files may be mapped; torch turns half precision to float32 faster than numpy.
+    tensor = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def collect(
+    scene: Scene,
+    rng: np.random.Generator,
+    *,
+    keys: Sequence[str] = ("coord", "grid_coord"),
+    feat_keys: Sequence[str] = GAUSSIAN_FEATURES,
+    offset_keys_dict: Mapping[str, str] = {"offset": "coord"},
+) -> Scene:
+    """What the network is given of a scene of tensors.
+
+    Returns:
+        `keys` as they are; for each entry of `offset_keys_dict` the row count i64 [1] of its
+        tensor; `feat` f32 [N, C]: `feat_keys` side by side. Also the scene's `name`, if it has one.
+    """
+    import torch
+
+    keys, feat_keys = _words(keys), _words(feat_keys)
+    batch = {name: scene[name] for name in ("name",) if name in scene}
+    batch |= {name: _entry(scene, name, "Collect") for name in keys}
+    for name, source in offset_keys_dict.items():
+        batch[name] = torch.tensor([len(_entry(scene, source, "Collect"))])
+    if feat_keys:
+        parts = [_tensor(_entry(scene, name, "Collect feat_keys")).float() for name in feat_keys]
+        batch["feat"] = torch.cat(parts, dim=1)
+    return batch
+
+
+def _words(value: Sequence[str]) -> Sequence[str]:
+    return (value,) if isinstance(value, str) else value
+
+
+def _entry(scene: Scene, name: str, who: str) -> Any:
+    if name not in scene:
+        hint = near(name, scene)
+        raise DataError(
+            f"{place(scene)}: {who} asks for {name!r}, which this scene has not "
+            f"(it has {', '.join(sorted(scene))}){hint and '; ' + hint}"
+        )
+    return scene[name]
