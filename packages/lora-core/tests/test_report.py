@@ -200,6 +200,22 @@ def test_a_resumed_log_has_no_duplicate_and_no_gap(tmp_path, log, rows):
     assert [(row[0], row[3]) for row in rows()[1:]] == [("5", "0.5"), ("10", "1"), ("15", "9")]
 
 
+def test_what_a_kill_left_beside_the_csv_goes_with_the_next_start(tmp_path, log, monkeypatch):
+    log.write(5, "train", loss=1.0)
+    monkeypatch.setattr(os, "replace", lambda *paths: None)  # killed before the new name
+    log.rewind(5)
+    monkeypatch.undo()
+    (partial,) = tmp_path.glob(".log.csv.*")
+    others = [tmp_path / name for name in (".log.csv.old", ".log.csv", ".other.csv.17")]
+    for path in others:
+        path.touch()
+    before = (tmp_path / "log.csv").read_bytes()
+    RunLog(tmp_path / "tensorboard", tmp_path / "log.csv", COLUMNS, tensorboard=False)
+    assert not partial.exists()
+    assert (tmp_path / "log.csv").read_bytes() == before
+    assert all(path.exists() for path in others)
+
+
 def test_a_csv_with_other_columns_is_not_mixed(tmp_path):
     (tmp_path / "log.csv").write_text("step,iou\n1,0.5\n")
     with pytest.raises(ConfigError, match=r"log\.csv has other columns \(step, iou\)"):

@@ -101,6 +101,21 @@ def test_pictures_without_annotations_are_kept(tmp_path: Path) -> None:
     ]
 
 
+def test_ids_that_pandas_made_fractions_are_pointed_out(tmp_path: Path) -> None:
+    """A column of a data frame with a gap in it is one of floats."""
+    remedy = "write whole numbers"
+    (line,) = wrong(reading(write(tmp_path / "a", content(image_id=1.0))))
+    assert f"image_id 1.0 is not among the images; there is the number 1: {remedy}" in line
+    (line,) = wrong(reading(write(tmp_path / "b", content(category_id=3.0))))
+    assert f"category_id 3.0 is not among the categories; there is the number 3: {remedy}" in line
+    (line,) = wrong(reading(write(tmp_path / "c", content(category_id=99.0))))
+    assert line.endswith("category_id 99.0 is not among the categories")
+    categories = content()
+    categories["categories"][0]["id"] = 3.0
+    (line,) = reading(write(tmp_path / "d", categories)).problems
+    assert "category number 1 has the id 3.0, expected a whole number or text" in line
+
+
 def test_crowds_are_left_out_and_counted(tmp_path: Path) -> None:
     found = reading(write(tmp_path, content({"counts": "?", "size": SIZE}, iscrowd=1)))
     assert wrong(found) == []

@@ -157,7 +157,7 @@ def test_a_dry_run_prints_what_a_run_takes_and_touches_nothing(
         assert part in said
     assert "fp32" not in said, "the precision is given"
     if kind == "published":
-        assert "vision_encoder.backbone.blocks.{0..11}.attn.qkv x 12" in said
+        assert "vision_encoder.backbone.blocks.{0..11}.attn.{qkv,proj} x 24" in said
 
 
 @pytest.mark.fault("C43")

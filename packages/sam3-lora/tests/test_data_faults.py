@@ -570,6 +570,27 @@ def test_a_missing_box_is_that_of_the_mask(train: Path, bbox: Any) -> None:
     )
 
 
+@pytest.mark.fault("D18")
+@pytest.mark.parametrize("masks", [True, False])
+def test_masks_that_lie_apart_from_their_boxes_are_counted_with_the_first(
+    train: Path, masks: bool
+) -> None:
+    """As in files that mean (y, x) in one of the two: nothing is refused."""
+    content = coco(train)
+    for number in (1, 3):
+        content["annotations"][number]["bbox"] = [50, 2, 25, 30]
+    content["annotations"][2]["bbox"] = [41, 5, 5, 5]  # a rounded pixel beside the mask
+    save(train, content)
+    splits = load(config(train, masks=masks))
+    (note,) = [note for note in splits.notes if "do not overlap" in note]
+    assert note == (
+        "train: 2 annotations whose mask and bbox do not overlap (are x and y swapped in one of "
+        f"them?), the first: {file_of(train)}: annotation 1"
+    )
+    assert len(splits.train) == 4
+    assert not any("do not overlap" in note for note in changed(train).notes)
+
+
 EMPTY = {"size": list(SIZE), "counts": [SIZE[0] * SIZE[1]]}
 
 

@@ -15,7 +15,7 @@ from lora_core.errors import ConfigError
 from lora_core.memory import saved_bytes, simulate
 from lora_core.training.out_of_memory import explained
 from sam3_lora import data, find_lr, memory, model, network, objective, train
-from sam3_lora.config import Config
+from sam3_lora.config import Config, parse_size
 from sam3_lora.scoring import EncodedPhrases
 
 Capture = pytest.CaptureFixture[str]
@@ -172,6 +172,24 @@ def test_a_run_writes_no_more_than_was_foreseen(
     foreseen = memory.disk_use(net, cfg, updates=2, validated=True)
     written = folder_bytes(tmp_path)
     assert written <= sum(foreseen.values()) <= 4 * written
+
+
+@pytest.mark.parametrize(
+    ("size", "times"), [("84", 0), ("154", 0), ("168", 4), ("168x84", 0), ("84x420", 5)]
+)
+def test_pictures_far_larger_than_those_of_the_base_are_noted(
+    base: Path, size: str, times: int, capsys: Capture
+) -> None:
+    cfg = config(base, dataset__resolution=size)
+    net = objective.adapted(model.skeleton(cfg), cfg)
+    note = objective.note_on_size(net, cfg.dataset.size)
+    assert bool(note) == bool(times)
+    assert ("note: pictures of " in capsys.readouterr().out) == bool(times)
+    if times:
+        height, width = parse_size(size)
+        assert note.startswith(f"pictures of {height} x {width} pixels (height x width) have ")
+        assert f"{times} times the patches of the 84 x 84 that this base was trained on" in note
+        assert "--dataset.resolution 84 is the base's own size" in note
 
 
 def test_a_learning_rate_is_found_and_drawn(base: Path, tmp_path: Path, capsys: Capture) -> None:

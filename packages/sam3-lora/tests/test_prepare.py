@@ -596,6 +596,18 @@ def test_lvis_says_what_is_absent_and_what_is_not_exhaustive(source: Path, outpu
     assert json.loads((output / MARK).read_text())["format"] == "lvis"
 
 
+def test_masks_apart_from_their_boxes_are_noted(
+    source: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = coco(source)
+    assert "do not overlap" not in capsys.readouterr().out
+    content["annotations"][0] |= {"bbox": [0, 0, 5, 5], "segmentation": [[30, 20, 40, 20, 40, 30]]}
+    text(source / "a.json", json.dumps(content))
+    prepared(source, output, **ALL)
+    note = "1 annotation whose mask and bbox do not overlap"
+    assert f"{note} (are x and y swapped in one of them?), the first: " in capsys.readouterr().out
+
+
 def test_plain_coco_is_not_taken_for_lvis(source: Path, output: Path) -> None:
     text(source / "lvis_train.json", json.dumps(coco(source)))
     assert "no image has neg_category_ids" in refused(source, output, format="lvis")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os.path
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TypeAlias
 
 from torch import nn
@@ -231,13 +231,19 @@ def _braced(names: Sequence[str]) -> str:
     """["q_proj", "v_proj"] -> "{q,v}_proj", ["fc1", "fc2"] -> "fc{1,2}": whole words and numbers
     are shared."""
     words = [re.findall(r"\d+|_|[^\d_]+", name) for name in names]
-    front = os.path.commonprefix(words)
+    front = _shared(words)
     rest = [each[len(front) :] for each in words]
-    back = os.path.commonprefix([each[::-1] for each in rest])[::-1]
+    back = _shared([each[::-1] for each in rest])[::-1]
     inner = ["".join(each[: len(each) - len(back)]) for each in rest]
     if not all(inner):
         return "{" + ",".join(names) + "}"
     return "".join(front) + "{" + ",".join(inner) + "}" + "".join(back)
+
+
+def _shared(lists: Sequence[Sequence[str]]) -> list[str]:
+    """What all lists begin with."""
+    columns = zip(*lists, strict=False)
+    return [column[0] for column in takewhile(lambda column: len({*column}) == 1, columns)]
 
 
 def _span(numbers: Sequence[int]) -> str:

@@ -6,6 +6,7 @@ Only the process of rank 0 prints and writes.
 from __future__ import annotations
 
 import csv
+import glob
 import html
 import math
 import os
@@ -243,6 +244,7 @@ class RunLog:
         if not is_first_rank():
             return
         rows = self._read_rows()
+        self._remove_partial()
         self.written = {(row["step"], row["split"]) for row in rows}
         if not self._is_whole():
             self._write_rows(rows)
@@ -333,6 +335,13 @@ class RunLog:
     def _is_whole(self) -> bool:
         """Whether the CSV has its header and ends with a row, so that one more can follow."""
         return self.csv_path.is_file() and self.csv_path.read_bytes().endswith(b"\n")
+
+    def _remove_partial(self) -> None:
+        """Remove what a killed process had begun to write in place of the CSV."""
+        for path in self.csv_path.parent.glob(f".{glob.escape(self.csv_path.name)}.*"):
+            if path.suffix[1:].isdigit():
+                with suppress(OSError):
+                    path.unlink()
 
     def _write_rows(self, rows: Sequence[Mapping[str, str]]) -> None:
         self.csv_path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,8 +17,12 @@ if TYPE_CHECKING:
     from sam3_lora.tokenizer import Tokenizer
 
 
+MANY_TIMES = 4  # the patches of the base's own size: twice its sides
+
+
 def adapted(net: Sam3Model, cfg: Config) -> Sam3Model:
-    """Put the adapters of a configuration on its base, and say what is adapted.
+    """Put the adapters of a configuration on its base; say what is adapted, and at which size if
+    that is far from the base's own.
 
     Raises:
         CheckpointError: see `model.load_adapter`.
@@ -33,7 +37,28 @@ def adapted(net: Sam3Model, cfg: Config) -> Sam3Model:
         say(summary(net))
     else:
         say(model.adapt(net, cfg))
+    if note := note_on_size(net, cfg.dataset.size):
+        say(f"note: {note}")
     return net
+
+
+def note_on_size(net: Sam3Model, size: tuple[int, int]) -> str:
+    """What pictures far larger than those that the base was trained on cost; "" if they are not.
+
+    Args:
+        size: (height, width) of the pictures in pixels.
+    """
+    side = net.config.vision_config.backbone_config.image_size
+    height, width = side if isinstance(side, (list, tuple)) else (side, side)
+    ratio = size[0] * size[1] / (height * width)
+    if ratio < MANY_TIMES:
+        return ""
+    own = str(height) if height == width else f"{height}x{width}"
+    return (
+        f"pictures of {size[0]} x {size[1]} pixels (height x width) have {ratio:.0f} times the "
+        f"patches of the {height} x {width} that this base was trained on, and each update takes "
+        f"that much longer or more: --dataset.resolution {own} is the base's own size"
+    )
 
 
 def vocabulary(net: Sam3Model, splits: Splits, cfg: Config) -> Tokenizer:

@@ -56,7 +56,9 @@ class Options:
         0.1, "Share of pictures for validation, if the data set has none; 0: none.", "splits"
     )
     seed: int = option(0, "Another seed chooses other validation pictures.", "splits")
-    copy: bool = option(False, "Copy the pictures (the default).", "output")
+    copy: bool = option(
+        False, "Copy the pictures; without --link this is done in any case.", "output"
+    )
     link: bool = option(
         False,
         "Hard-link the pictures instead: no room is needed, and a change in one place is one in "
@@ -195,7 +197,7 @@ def read_all(options: Options) -> Found:
     from lora_core.pictures.survey import look_at
     from sam3_lora.formats import find, read
     from sam3_lora.layout import check_name, file_names
-    from sam3_lora.survey import LOOK
+    from sam3_lora.survey import LOOK, note_on_apart
 
     root = Path(options.source)
     form, sources = find(root, options.format)
@@ -225,7 +227,8 @@ def read_all(options: Options) -> Found:
         for split, part in parts.items()
     }
     _stop_or_skip(bad, good, options)
-    for note in [*notes, *total.said()]:
+    apart = [note_on_apart(split, part.records, facts) for split, part in good.items()]
+    for note in [*notes, *total.said(), *filter(None, apart)]:
         say(printable(f"note: {note}"))
     return Found(form, _with_all_classes(good, form), facts, bad, names)
 

@@ -44,6 +44,15 @@ class Instance(NamedTuple):
     crowd: bool
     filled: bool = False  # the annotation's mask is empty: this is its box, filled
 
+    @property
+    def lies_apart(self) -> bool:
+        """Whether mask and box lie apart, by more than a rounded pixel."""
+        if self.mask is None:
+            return False
+        x0, y0, x1, y1 = box_of(self.mask)
+        left, top, right, bottom = self.box
+        return max(left - x1, x0 - right, top - y1, y0 - bottom) > 1
+
 
 @dataclass(frozen=True)
 class Record:
@@ -76,25 +85,27 @@ class Record:
         Raises:
             DataError: masks that cannot be decoded; one line for each.
         """
-        found: list[Instance] = []
+        every = [one for _, one in self.decoded_entries(masks, crowds)]
+        found = [one for one in every if one is not None]
+        return found, len(every) - len(found)
+
+    def decoded_entries(
+        self, masks: bool = True, crowds: bool = True
+    ) -> list[tuple[int, Instance | None]]:
+        """Index of each entry and its object, None where it covers nothing; as `instances`."""
+        every: list[tuple[int, Instance | None]] = []
         problems: list[str] = []
-        nothing = 0
-        for entry in self.entries:
+        for number, entry in enumerate(self.entries):
             if entry.crowd and not crowds:
                 continue
             try:
-                instance = decoded(entry, self.size, masks)
+                every.append((number, decoded(entry, self.size, masks)))
             except DataError as error:
                 where = entry.shape.where if entry.shape else one_line(self.image)
                 problems.append(f"{where}: {error}")
-                continue
-            if instance is None:
-                nothing += 1
-            else:
-                found.append(instance)
         if problems:
             raise DataError("\n".join(problems))
-        return found, nothing
+        return every
 
     def pixels(self) -> NDArray[np.uint8]:
         """The upright picture, uint8 [H, W, 3].

@@ -16,6 +16,7 @@ from lora_core.pictures import survey
 from lora_core.pictures.coco import CocoFile
 from lora_core.pictures.reading import Reading
 from lora_core.pictures.survey import Look, Surveyed, digest_of
+from lora_core.report import plural
 from lora_core.settings.types import shown
 from lora_core.validate import REPORT, Bad
 from sam3_lora.coco import Split, read_split
@@ -102,31 +103,33 @@ def look(record: Record) -> dict[str, Any]:
     """Decode a picture and all that is annotated on it, wholly; give facts about it.
 
     {"objects": {phrase: count}, "crowds": count, "masks": objects with a mask, "filled": objects
-    whose mask is empty, "nothing": annotations that cover nothing}; crowds are counted apart.
+    whose mask is empty, "nothing": annotations that cover nothing, "apart": indices of the entries
+    whose mask and box lie apart}; crowds are counted apart.
 
     Raises:
         DataError: anything cannot be decoded, or does not fit; a line for each.
     """
     problems: list[str] = []
-    instances: list[Instance] = []
-    nothing = 0
+    every: list[tuple[int, Instance | None]] = []
     try:
         record.pixels()
     except DataError as error:
         problems.append(str(error))
     try:
-        instances, nothing = record.instances()
+        every = record.decoded_entries()
     except DataError as error:
         problems.append(str(error))
     if problems:
         raise DataError("\n".join(problems))
+    instances = [one for _, one in every if one is not None]
     objects = [one for one in instances if not one.crowd]
     return {
         "objects": Counter(one.phrase for one in objects),
         "crowds": len(instances) - len(objects),
         "masks": sum(one.mask is not None for one in objects),
         "filled": sum(one.filled for one in objects),
-        "nothing": nothing,
+        "nothing": len(every) - len(instances),
+        "apart": [number for number, one in every if one is not None and one.lies_apart],
     }
 
 
@@ -147,7 +150,7 @@ def identity(record: Record) -> str:
 
 LOOK: Look[Record] = Look(
     at=look,
-    kind=f"sam3 record 1 PIL {PIL.__version__}",
+    kind=f"sam3 record 2 PIL {PIL.__version__}",
     files=lambda record: [record.image],
     identity=identity,
 )
@@ -180,6 +183,7 @@ class Counts:
     masks: int = 0  # objects whose mask is known
     filled: int = 0  # objects with an empty mask, which is replaced by their box
     nothing: int = 0  # annotations that cover nothing, left out
+    apart: str = ""  # what is said of annotations whose mask and box lie apart
     crowded: int = 0  # queries with too many objects, left out in training
     absent: int = 0  # queries for what is not there, in one epoch
 
@@ -218,7 +222,22 @@ def _counted(
         counts.crowded += len(objects) - len(usable(objects, settings.max_ann_per_img))
         for what in ("crowds", "masks", "filled", "nothing"):
             setattr(counts, what, getattr(counts, what) + known[what])
+    counts.apart = note_on_apart(name, records, facts)
     return counts
+
+
+def note_on_apart(name: str, records: Sequence[Record], facts: Surveyed) -> str:
+    """How many masks of a split lie apart from their boxes, and the first of them; or ""."""
+    apart = [(record, number) for record in records for number in facts[name, record.key]["apart"]]
+    if not apart:
+        return ""
+    record, number = apart[0]
+    shape = record.entries[number].shape
+    where = shape.where if shape else one_line(record.image)
+    return (
+        f"{name}: {plural(len(apart), 'annotation')} whose mask and bbox do not overlap (are x and "
+        f"y swapped in one of them?), the first: {where}"
+    )
 
 
 def _problem(name: str, counts: Counts, cfg: Config) -> str:
@@ -260,6 +279,7 @@ def notes_on(counts: Mapping[str, Counts], cfg: Config) -> list[str]:
             missing = part.objects.total() - part.masks
             said.append((missing, "objects without a mask: trained as boxes"))
         lines += [f"{name}: {count} {what}" for count, what in said if count]
+        lines += [part.apart] if part.apart else []
     return lines
 
 

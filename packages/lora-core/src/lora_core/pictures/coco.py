@@ -153,7 +153,9 @@ def _is_id(value: object) -> bool:
 
 
 def _other_type(value: object, known: Container[object]) -> str:
-    """Where an id stands as text in one place and as a number in the other: "; ..."."""
+    """Where an id stands as text or 1.0 in one place and as a number in the other: "; ..."."""
+    if type(value) is float and value in known:
+        return f"; there is the number {value:.0f}: write whole numbers (pandas adds the .0)"
     if isinstance(value, str) and re.fullmatch("-?[0-9]{1,18}", value) and int(value) in known:
         return f"; there is the number {int(value)}: write both in one way"
     if is_whole(value) and str(value) in known:
@@ -181,8 +183,13 @@ def _categories(items: Any, path: Path) -> dict[object, str]:
         raise DataError(f'{one_line(path)}: "categories" is not a list')
     names: dict[object, str] = {}
     for number, item in enumerate(items):
-        if not isinstance(item, dict) or not _is_id(item.get("id")):
-            raise DataError(f"{one_line(path)}: category number {number + 1} has no id")
+        identity = item.get("id") if isinstance(item, dict) else None
+        if not _is_id(identity):
+            what = "has no id" if identity is None else f"has the id {shown(identity)}"
+            raise DataError(
+                f"{one_line(path)}: category number {number + 1} {what}, "
+                "expected a whole number or text"
+            )
         if item["id"] in names:
             raise DataError(f"{one_line(path)}: the category id {shown(item['id'])} stands twice")
         name = item.get("name", item["id"])

@@ -175,11 +175,17 @@ def a_killed_run_resumes_to_the_same_bits(program: Program, folder: Path) -> Non
         go_on()
         assert adapters(run) == ends[0], f"other adapters: {where}"
         assert figures(run) == ends[1], f"other figures: {where}"
-        scraps = [path for path in run.rglob("*") if path.suffix in (".tmp", ".gone")]
+        scraps = [path for path in run.rglob("*") if is_scrap(path)]
         assert not scraps, f"{scraps} left: {where}"
 
     done = operations(go_on)
     assert kill_points(go_on, check, prepare, at=changes_of_names(done)) > 10
+
+
+def is_scrap(path: Path) -> bool:
+    """Whether a file's name is that of something unfinished: of a checkpoint, or of a CSV."""
+    numbered = path.name.startswith(".") and path.suffix[1:].isdigit()
+    return numbered or path.suffix in (".tmp", ".gone")
 
 
 _armed: list[int] = []  # the signal that the next checkpoint of this process sends
