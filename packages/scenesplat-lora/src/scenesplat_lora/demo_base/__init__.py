@@ -1,0 +1,1 @@
+"""The embedded tiny base, and the generated rooms that it was pretrained on."""
