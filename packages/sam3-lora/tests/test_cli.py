@@ -9,7 +9,7 @@ import pytest
 from lora_core.config import parse
 from lora_core.testing import check_commands
 from lora_core.testing.console import check_light
-from sam3_lora import evaluate, find_lr, merge, predict, prepare
+from sam3_lora import demo_run, evaluate, find_lr, merge, predict, prepare
 from sam3_lora.__main__ import COMMANDS, main
 from sam3_lora.config import Config
 
@@ -21,6 +21,7 @@ OPTIONS = {
     "evaluate": evaluate.Options,
     "prepare": prepare.Options,
     "merge": merge.Options,
+    "demo": demo_run.Options,
 }
 
 
