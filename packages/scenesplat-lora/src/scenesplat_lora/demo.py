@@ -49,6 +49,11 @@ def write(
     return folder
 
 
+def base_checkpoint() -> Path:
+    """The packaged tiny SceneSplat; the fields of its `PTv3Config` lie beside it as JSON."""
+    return Path(__file__).parent / "demo_base" / "scenesplat_demo.safetensors"
+
+
 def room_of(split: str, number: int, style: rooms.Style = rooms.NIGHT) -> Scene:
     """One room of a split; furniture and walls are the same in every style."""
     return rooms.room((SEED, list(SPLITS).index(split), number), style)
