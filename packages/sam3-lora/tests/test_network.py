@@ -160,7 +160,8 @@ def trunk_by_the_formulas(vit: Any, image: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("height", "width"), [(84, 84), (336, 336), (336, 672), (392, 532), (504, 504), (84, 14)]
+    ("height", "width"),
+    [(84, 84), (336, 336), (336, 672), (392, 532), (504, 504), (1008, 1008), (84, 14)],
 )
 def test_any_size_of_whole_patches_follows_the_formulas(
     narrow: Any, height: int, width: int

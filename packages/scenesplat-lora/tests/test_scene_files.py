@@ -14,6 +14,7 @@ from lora_core.errors import DataError
 from scenesplat_lora.scene_facts import scene_facts
 from scenesplat_lora.scene_files import list_scenes, read_array, read_scene, write_scene
 from scenesplat_lora.scene_values import LAYOUTS, Layout
+from scenesplat_lora.text_embeddings import read_text_embeddings
 from scenesplat_lora.transforms import compose, training_transforms
 
 ALL = ("normal", "lang_feat", "segment")
@@ -125,6 +126,29 @@ def test_what_is_wrong_with_a_scene_is_said(tmp_path: Path, fault: str) -> None:
     with pytest.raises(DataError, match=message) as error:
         read_scene(saved(tmp_path / "room_1", **changes), Layout(), ALL)
     assert all("room_1" in line for line in str(error.value).splitlines())
+
+
+class Trap:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.file),)
+
+
+@pytest.mark.fault("H04")
+def test_objects_in_arrays_are_never_unpickled(tmp_path: Path) -> None:
+    sprung, texts = tmp_path / "sprung", tmp_path / "texts.npz"
+    objects = np.array([Trap(sprung)] * 40, dtype=object)
+    scene = saved(tmp_path / "room_1", coord=objects)
+    np.savez(texts, names=objects, embeddings=objects)
+    with pytest.raises(DataError, match="coord"):
+        read_scene(scene)
+    with pytest.raises(DataError, match=r"texts\.npz"):
+        read_text_embeddings(texts)
+    assert not sprung.exists()
 
 
 def test_all_faults_of_a_scene_come_together(tmp_path: Path) -> None:
