@@ -18,7 +18,11 @@ ROOT = Path(__file__).parent
 CONSTRAINTS = str(ROOT / "constraints.txt")
 PACKAGES = sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.toml"))
 # Packages with a base and data of their own, and what makes their demo a short one.
-DEMOS = {"sam2-lora": ("--steps", "2"), "sam3-lora": ("--epochs", "1")}
+DEMOS = {
+    "sam2-lora": ("--steps", "2"),
+    "sam3-lora": ("--epochs", "1"),
+    "scenesplat-lora": ("--epochs", "1"),
+}
 OLDEST = ("torch==2.9.*", "transformers==5.15.0", "accelerate==1.10.0", "peft==0.19.0")
 
 
@@ -132,11 +136,15 @@ def train(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Time and memory of LoRA against the frozen layer, full fine-tuning and PEFT."""
-    install(session, *editable(), "peft")
+    install(session, *editable(), "peft", "matplotlib")
+    # A rival to compare with; its CPU build exists for some systems only.
+    session.install("-c", CONSTRAINTS, "spconv", success_codes=[0, 1])
     threads = {"OMP_NUM_THREADS": "1"}
     session.run("python", "tools/bench/linear.py", env=threads)
     session.run("python", "tools/bench/sam2_step.py", "--image_size", "512", env=threads)
     session.run("python", "tools/bench/sam3_step.py", env=threads)
+    for name in ("convolution", "step", "scale"):
+        session.run("python", f"tools/bench/scenesplat_{name}.py", env=threads)
     session.run("python", "tools/bench/guards.py", env=threads)
 
 

@@ -2,11 +2,12 @@
 
 python tools/compare_full_finetuning.py sam2 --output table.md
 python tools/compare_full_finetuning.py sam3 --runs runs.jsonl
+python tools/compare_full_finetuning.py scenesplat
 
-Both methods train equally long on the same pictures in the same order, at each of the same
+Both methods train equally long on the same samples in the same order, at each of the same
 learning rates and from the same seeds. A method's rate is the one with the best figure on the
-validation pictures; what is told are the figures of the last step at that rate on the test
-pictures, which play no part in any choice. `full_finetuning` has what differs between packages.
+validation samples; what is told are the figures of the last step at that rate on the test
+samples, which play no part in any choice. `full_finetuning` has what differs between packages.
 
 With `--runs` every finished run is kept in that file, and a later call with the same settings does
 not repeat it: processes with some of the rates each may share the work.
@@ -26,7 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-PACKAGES = ("sam2", "sam3")
+PACKAGES = ("sam2", "sam3", "scenesplat")
 METHODS = ("LoRA", "full")
 ENOUGH = 5.0  # the full gain must be so many of its standard deviations over the seeds
 Figures = dict[str, float]
@@ -39,11 +40,13 @@ class Comparison(Protocol):
         chooses: the figure, of validation data, that chooses a method's learning rate.
         compared: the figures, of test data, of whose gain LoRA's share is told.
         about: a sentence on what the figures are.
+        sample: what is trained on, in the singular.
     """
 
     chooses: str
     compared: tuple[str, ...]
     about: str
+    sample: str
 
     def base(self) -> Figures:
         """Figures of the base, by caption, in the order of the table's columns."""
@@ -154,7 +157,7 @@ def keep(run: Run, args: argparse.Namespace) -> None:
 
 
 def chosen(runs: Sequence[Run], method: str, by: str) -> list[Run]:
-    """The runs of a method at its best rate by a figure of the validation pictures, by seed."""
+    """The runs of a method at its best rate by a figure of the validation data, by seed."""
     by_rate: dict[float, list[Run]] = {}
     for run in runs:
         if run.method == method:
@@ -172,6 +175,8 @@ def report(
     comparison: Comparison, base: Figures, runs: Sequence[Run], args: argparse.Namespace
 ) -> tuple[str, bool]:
     """The markdown table with its conclusions, and whether all of them may be drawn."""
+    from lora_core.report import plural
+
     groups = [chosen(runs, method, comparison.chooses) for method in METHODS]
     lines = [
         f"| method | trained parameters | learning rate | {' | '.join(base)} |",
@@ -179,9 +184,9 @@ def report(
         f"| base | 0 % | | {' | '.join(f'{value:.3f}' for value in base.values())} |",
         *(row(group, base) for group in groups),
         "",
-        f"{args.steps} steps of {args.batch_size} pictures, {args.seeds} seeds, learning rates "
-        f"{', '.join(f'{rate:g}' for rate in args.rates)}; {comparison.about}, ± standard "
-        "deviation over the seeds.",
+        f"{args.steps} steps of {plural(args.batch_size, comparison.sample)}, {args.seeds} seeds, "
+        f"learning rates {', '.join(f'{rate:g}' for rate in args.rates)}; {comparison.about}, "
+        "± standard deviation over the seeds.",
     ]
     said = [share(name, base, *groups) for name in comparison.compared]
     return "\n".join([*lines, *(text for text, _ in said)]), all(valid for _, valid in said)
@@ -207,7 +212,7 @@ def share(name: str, base: Figures, lora: Sequence[Run], full: Sequence[Run]) ->
     )
     if gain < ENOUGH * deviation:
         return f"{text}. That is too little to compare with.", False
-    # Seed by seed: both methods saw the same pictures in the same order.
+    # Seed by seed: both methods saw the same samples in the same order.
     mean, sd = spread([100 * a / b for a, b in zip(*gains, strict=True)])
     return f"{text}. LoRA reaches {mean:.0f} ± {sd:.0f} % of that gain.", True
 

@@ -3,18 +3,16 @@
     python tools/pretrain_scenesplat_demo_base.py --output runs/scenesplat_demo_base
 
 A run is a function of its seed. One that was stopped goes on where its last checkpoint was when
-the same command is given again. The end is a file in half precision with its settings beside it,
+the same command is given again. The end is a file in half precision that describes its network,
 and its figures on rooms that training has not shown.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 from scenesplat_lora import demo
 from scenesplat_lora.collate import collate
 from scenesplat_lora.demo_base import rooms
+from scenesplat_lora.description import Description
 from scenesplat_lora.losses import Term, distillation_loss
 from scenesplat_lora.metrics import Confusion, class_scores, final_scores
 from scenesplat_lora.models import LangPretrainer
@@ -180,9 +179,8 @@ def finish(run: Run, count: int) -> None:
     path = run.output / "scenesplat_demo.safetensors"
     state = run.model.state_dict()
     halves = {name: t.half() if t.is_floating_point() else t for name, t in state.items()}
-    write_official(path, halves)
-    path.with_suffix(".json").write_text(json.dumps(asdict(CONFIG), indent=2) + "\n")
-    model = load_official(path, config=CONFIG)
+    write_official(path, halves, description=Description(CONFIG, rooms.GRID_SIZE))
+    model = load_official(path)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{parameters} parameters, {path.stat().st_size} bytes, {run.spent:.0f} s")
     for name, style in (("held out", rooms.DAY), ("other domain", rooms.NIGHT)):

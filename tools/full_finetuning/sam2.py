@@ -82,6 +82,7 @@ class Comparison:
     chooses: str = "val, click"
     compared: tuple[str, ...] = ("test, click",)
     about: str = "mean IoU per object"
+    sample: str = "picture"
 
     def base(self) -> dict[str, float]:
         from sam2_lora import model

@@ -53,6 +53,7 @@ class Comparison:
     chooses: str = "val, mask mAP"
     compared: tuple[str, ...] = ("test, mask mAP", "test, box mAP", "test, cgF1")
     about: str = "scores as `sam3-lora evaluate` has them"
+    sample: str = "picture"
 
     def base(self) -> dict[str, float]:
         from sam3_lora import model

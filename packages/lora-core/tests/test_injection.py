@@ -21,6 +21,7 @@ from lora_core.injection import (
     remove,
     set_adapters,
     summary,
+    train_biases,
     trainable_parameters,
 )
 
@@ -127,6 +128,26 @@ def test_biases_that_train(net, x, bias, expected):
     moved = {key for key in before if not torch.equal(state[key], before[key])}
     statistics = {key for key in before if "running" in key or "num_batches" in key}
     assert moved == (trained & before.keys()) | statistics
+
+
+def test_the_biases_that_train_may_be_chosen_anew(net):
+    base = {key: tensor.clone() for key, tensor in net.state_dict().items()}
+    inject(net, lora(bias="all"))
+    with torch.no_grad():
+        for bias in (net.head.bias, net.blocks[0][0].bias):
+            bias += 1
+    train_biases(net, "default", "lora_only")
+    assert torch.equal(net.head.bias, base["head.bias"])
+    assert torch.equal(net.blocks[0][0].bias, base["blocks.0.0.bias"] + 1)
+    assert not net.head.bias.requires_grad
+    assert net.blocks[0][0].bias.requires_grad
+    train_biases(net, "default", "all")
+    assert net.head.bias.requires_grad
+    with pytest.raises(ConfigError, match="'some': it must be one of 'none', 'all', 'lora_only'"):
+        train_biases(net, "default", "some")
+    train_biases(net, "default", "none")
+    assert not full_tensors(net, "default")
+    assert all(torch.equal(tensor, net.state_dict()[key]) for key, tensor in base.items())
 
 
 def test_attention_biases_train_and_are_used():

@@ -94,6 +94,26 @@ def test_a_loss_may_read_values():
     assert simulate(adapted("meta"), reading, BATCH).saved > 0
 
 
+def test_shapes_that_follow_from_the_batch_are_known():
+    """As where neighbours are looked for, or what has no label is left out."""
+    labels = torch.tensor([[0, 3, -1, 3, 0, 1]]).repeat(3, 8)[:, :50]
+    batch = BATCH | {"labels": torch.cat([labels, labels[:, :2]], 1)}
+
+    def chosen(model, batch):
+        found, valid = model(batch["x"]), batch["labels"] >= 0
+        classes, sizes = batch["labels"][valid].unique(return_counts=True)
+        rows = torch.arange(int(sizes.max())).unsqueeze(0).nonzero()
+        assert classes.tolist() == [0, 1, 3]
+        assert len(rows) == int(sizes.max()) - 1
+        picked = found.transpose(1, 2).repeat(1, 2, 1)[:, : valid.shape[1]][valid]
+        assert len(picked) == int(sizes.sum())
+        return picked.square().mean(), {}
+
+    real = adapted("cpu")
+    expected, _ = saved_bytes(lambda: chosen(real, batch), [*real.parameters()])
+    assert simulate(adapted("meta"), chosen, batch).saved == expected
+
+
 def test_an_estimate_adds_up_all_that_lives_on_the_device():
     network = adapted("meta")
     found = estimate(network, loss, BATCH)

@@ -132,3 +132,31 @@ def test_tables_are_worked_out_once_for_each_curve_and_patch_size() -> None:
     assert points.patch_rows(5, 16) is first  # 4 curves
     assert points.patch_rows(1, 8) is not first
     assert points.neighbours(3) is points.neighbours(3)
+
+
+def kept(layer: SerializedAttention, points: PointSet, feat: Tensor) -> int:
+    """Bytes that are kept for the backward pass, parameters apart."""
+    known = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    found: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known and tensor.is_floating_point():
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(feat, points, 0).sum().backward()
+    return sum(found.values())
+
+
+def test_training_the_output_projection_keeps_no_copy_of_its_input() -> None:
+    torch.manual_seed(0)
+    batch = voxels(300, channels=12)
+    points, feat = point_set(batch, CURVES), batch.feat.requires_grad_()
+    layer = SerializedAttention(12, 3, patch_size=16).requires_grad_(False)
+    frozen = kept(layer, points, feat)
+    layer.proj.requires_grad_()
+    assert kept(layer, points, feat) == frozen
+    layer.qkv.requires_grad_()
+    assert kept(layer, points, feat) > frozen

@@ -5,8 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_network import tiny_backbone, voxels
+from torch import Tensor, nn
 
 from lora_core.testing import load_golden
+from scenesplat_lora import lora
 from scenesplat_lora.blocks import Block, BlockSettings, DropPath
 from scenesplat_lora.point_batch import PointBatch
 from scenesplat_lora.point_set import point_set
@@ -44,3 +47,26 @@ def test_stochastic_depth_drops_voxels_and_keeps_the_mean() -> None:
     assert (out == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
     assert DropPath(0.25).eval()(x) is x
     assert DropPath(0.0).train()(x) is x
+
+
+def test_what_lies_before_the_first_adapted_layer_runs_without_graph() -> None:
+    network = tiny_backbone()
+    lora.inject_lora_to_ptv3(network, r=2, target_stages=[2])
+    lora.mark_only_lora_as_trainable(network)
+    order: list[tuple[str, bool]] = []
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                order.append((name, output.requires_grad))
+
+        return hook
+
+    for name, module in network.named_modules():
+        if not any(module.children()) or name.endswith("attn.qkv"):
+            module.register_forward_hook(note(name))
+    network.train()(voxels(60, 40)).sum().backward()
+    first = next(i for i, (name, _) in enumerate(order) if name == "enc.enc2.block0.attn.qkv")
+    assert not any(has_graph for _, has_graph in order[:first])
+    assert all(has_graph for name, has_graph in order if name.startswith("enc.enc2.block1"))
+    assert order[first] == ("enc.enc2.block0.attn.qkv", True)

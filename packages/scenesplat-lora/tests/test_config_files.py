@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lora_core.errors import ConfigError
-from scenesplat_lora.config_files import merged, read_config
+from scenesplat_lora.config_files import merged, packaged, read_config
 
 CASE: dict[str, Any] = json.loads(
     (Path(__file__).parent / "goldens" / "config_system" / "config.json").read_text()
@@ -107,6 +107,58 @@ def test_each_key_knows_its_place(tmp_path: Path) -> None:
     assert config.place("seed").endswith("one.py, line 1")
 
 
+RUNTIME = "_base_/lora_runtime.py"
+
+
+@pytest.mark.parametrize(
+    "base", [f"../{RUNTIME}", RUNTIME, f"configs/{RUNTIME}", f"../../configs/{RUNTIME}"]
+)
+def test_a_base_that_is_not_there_is_a_preset_of_the_package(
+    tmp_path: Path, base: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = read(tmp_path, f"_base_ = [{base!r}]\nepoch = 3\nlora_training = dict(save_epoch=1)\n")
+    assert (found["epoch"], found["batch_size"]) == (3, 2)
+    assert (found["lora_training"]["save_epoch"], found["lora_training"]["eval_epoch"]) == (1, 1)
+    assert "the preset of scenesplat-lora is used" in capsys.readouterr().out
+
+
+def test_presets_are_bases_with_their_own_bases(tmp_path: Path) -> None:
+    found = read(tmp_path, "_base_ = 'configs/generic/lora-finetune.py'\nseed = 4\n")
+    assert found["seed"] == 4
+    assert found["optimizer"]["type"] == "AdamW"
+    assert found["data"]["layout"] == "generic"
+
+
+def test_own_bases_come_before_presets(tmp_path: Path) -> None:
+    (tmp_path / "_base_").mkdir()
+    (tmp_path / RUNTIME).write_text("epoch = 99\n")
+    assert read(tmp_path, f"_base_ = {RUNTIME!r}\n") == {"epoch": 99}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../configs/../config.py",
+        "configs/../ptv3.py",
+        "/configs/_base_/lora_runtime.py",
+        "configs",
+        "..",
+        "",
+        "_base_/lora_runtime.py/x.py",
+        "_base_/./../_base_/lora_runtime.py",
+        "__init__.py",
+    ],
+)
+def test_presets_are_those_of_the_folder_alone(name: str) -> None:
+    assert packaged(name) is None
+
+
+def test_a_missing_file_names_the_presets(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"not found.*configs/generic/lora-finetune\.py"):
+        read(tmp_path, "_base_ = '../_base_/lora_run.py'")
+
+
+@pytest.mark.fault("C20")
 @pytest.mark.parametrize("start", [b"\xef\xbb\xbf", b""])
 def test_windows_files_are_read(tmp_path: Path, start: bytes) -> None:
     (tmp_path / "run.py").write_bytes(start + "name = 'Küche'\r\nn = 1\r\n".encode())
@@ -146,6 +198,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.fault("C35", "H10")
 @pytest.mark.parametrize("line", HOSTILE)
 def test_anything_but_values_is_refused_with_its_line(tmp_path: Path, line: str) -> None:
     with pytest.raises(ConfigError, match=r"run\.py, line 2"):
@@ -173,6 +226,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.fault("C35", "H10")
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_bombs_are_refused_quickly(tmp_path: Path, bomb: str) -> None:
     with pytest.raises(ConfigError, match=r"run\.py"):

@@ -11,7 +11,8 @@ import pytest
 from lora_core.config import parse
 from lora_core.errors import ConfigError
 from scenesplat_lora.config import Config
-from scenesplat_lora.config_words import file_settings, find, for_parser
+from scenesplat_lora.config_files import find
+from scenesplat_lora.config_words import file_settings, for_parser
 
 GUIDE = "configs/scannet/lora-finetune-scannet-mcmc.py"
 
@@ -47,6 +48,7 @@ def test_the_guides_presets_are_read(preset: str, r: int, prompt: bool) -> None:
     assert (choice.r, choice.enable_prompt) == (r, prompt)
 
 
+@pytest.mark.fault("C15")
 def test_a_preset_of_the_command_line_replaces_what_a_file_says_of_layers(tmp_path: Path) -> None:
     file = written(tmp_path, "lora = dict(r=2, target_modules=['mlp'], lora_dropout=0.5)")
     cfg = read("--config-file", file, "--options", "lora.preset=minimal", "lora.r=3")
@@ -82,6 +84,18 @@ def test_lora_inside_of_model_is_taken(tmp_path: Path) -> None:
     assert file_settings(Path(file))["lora"] == {"r": 5}
 
 
+def test_an_own_file_over_a_preset_is_read_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = written(
+        tmp_path, "_base_ = 'configs/generic/lora-finetune.py'\ndata = dict(num_classes=7)"
+    )
+    cfg = read("--config-file", file)
+    assert (cfg.data.num_classes, cfg.data.layout, cfg.model.type) == (7, "generic", None)
+
+
+@pytest.mark.fault("C35", "H10")
 def test_a_file_is_never_run(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     file = written(tmp_path, f"import os\nepoch = os.mkdir({json.dumps(str(marker))})")
@@ -115,3 +129,15 @@ def test_own_files_come_before_those_of_the_package(
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], part: str) -> None:
     with pytest.raises(ConfigError, match=part):
         read("--options", *(f"{name}={value}" for name, value in settings.items()))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--model.backbone", '{"stride": [2, 2]}'],
+        ["--model.backbone.stride", "(2,2)"],
+        ["--options", "model.backbone.stride=(2,2)"],
+    ],
+)
+def test_fields_of_the_network_are_given_alone_or_together(words: list[str]) -> None:
+    assert read(*words).model.backbone == {"stride": [2, 2]}

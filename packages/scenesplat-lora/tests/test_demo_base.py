@@ -9,8 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_core.data_file import read_json
-from scenesplat_lora import PTv3Config, demo, load_official
+from scenesplat_lora import demo, load_official
 from scenesplat_lora.collate import collate
 from scenesplat_lora.demo_base import rooms
 from scenesplat_lora.metrics import Confusion, final_scores
@@ -24,8 +23,7 @@ MARGIN = 0.05  # the sample is a part of the card's, and machines round differen
 
 @pytest.fixture(scope="module")
 def base():
-    config = PTv3Config.from_dict(read_json(demo.base_checkpoint().with_suffix(".json")))
-    return load_official(demo.base_checkpoint(), config=config).eval()
+    return load_official(demo.base_checkpoint())
 
 
 def scored(model, style: rooms.Style, texts) -> dict[str, float]:
@@ -60,7 +58,7 @@ def test_held_out_rooms_score_as_the_card_says(base) -> None:
         assert day[name] == pytest.approx(figures[0], abs=MARGIN)
         assert night[name] == pytest.approx(figures[1], abs=2 * MARGIN)  # of few rooms, it varies
     assert day["mIoU"] >= 0.8
-    assert night["mIoU"] <= 0.6
+    assert 0.2 <= night["mIoU"] <= 0.6  # another domain, of which the base sees something
 
 
 def test_other_words_in_the_same_rooms_find_other_things(base) -> None:

@@ -9,6 +9,7 @@ import torch
 from lora_core.errors import DataError
 from scenesplat_lora import demo
 from scenesplat_lora.demo_base import rooms
+from scenesplat_lora.official import load_official
 from scenesplat_lora.scene_files import list_scenes, read_scene
 from scenesplat_lora.text_embeddings import read_text_embeddings
 
@@ -48,6 +49,14 @@ def test_text_embeddings_are_those_of_the_classes(folder) -> None:
     rows = scene["valid_feat_mask"]
     nearest = (scene["lang_feat"][rows].astype(np.float32) @ found.features.numpy().T).argmax(1)
     assert (nearest == scene["segment"][rows]).mean() > 0.99
+
+
+def test_the_base_in_the_folder_needs_nothing_beside_it(folder, tmp_path) -> None:
+    alone = tmp_path / "base.safetensors"
+    alone.write_bytes((folder / demo.BASE).read_bytes())
+    packaged = load_official(demo.base_checkpoint()).state_dict()
+    found = load_official(alone).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in packaged.items())
 
 
 def test_no_room_is_in_two_splits_or_among_those_of_the_base() -> None:

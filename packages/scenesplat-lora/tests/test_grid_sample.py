@@ -45,6 +45,7 @@ def test_voxels_are_numbered_as_recorded() -> None:
     np.testing.assert_allclose(voxels.low[None], IO["train.min_coord"], rtol=0, atol=1e-12)
 
 
+@pytest.mark.fault("P24")
 def test_a_sample_has_one_row_of_each_voxel_in_the_recorded_order() -> None:
     scene = {"coord": IO["coord"], "segment": IO["segment"], "row": np.arange(400)}
     options = {"return_inverse": True, "return_min_coord": True}
@@ -58,6 +59,7 @@ def test_a_sample_has_one_row_of_each_voxel_in_the_recorded_order() -> None:
     assert len(scene["coord"]) == 400
 
 
+@pytest.mark.fault("P24")
 def test_another_draw_takes_other_rows_and_the_same_seed_the_same() -> None:
     scene = {"coord": IO["coord"], "row": np.arange(400)}
     rows = [grid_sample(scene, rng(seed), grid_size=SIZE)["row"] for seed in (1, 1, 2)]
@@ -87,6 +89,7 @@ def test_cells_are_counted_in_float64() -> None:
     assert integer_cells(coord, 0.1)[0][0, 0] == 6
 
 
+@pytest.mark.fault("P23")
 def test_negative_coordinates_begin_at_cell_0() -> None:
     coord = np.array([[-1.05, -0.01, 2.0], [-0.95, 0.01, 2.0]], dtype=np.float32)
     grid, low = integer_cells(coord, 0.1)
@@ -124,6 +127,7 @@ def test_two_cells_with_one_hash_stay_two_voxels() -> None:
     assert inverse[0] != inverse[1]
 
 
+@pytest.mark.fault("P18")
 def test_a_single_point_is_a_voxel_and_no_point_is_an_error() -> None:
     one = grid_sample({"coord": np.ones((1, 3), np.float32)}, rng())
     np.testing.assert_array_equal(one["grid_coord"], [[0, 0, 0]])
@@ -137,6 +141,7 @@ def test_an_impossible_grid_size_is_refused(size: float) -> None:
         integer_cells(np.zeros((2, 3)), size)
 
 
+@pytest.mark.fault("P22")
 def test_a_grid_too_large_for_the_network_says_which_size_fits() -> None:
     coord = np.array([[0, 0, 0], [2000, 0, 0]], dtype=np.float32)
     with pytest.raises(DataError, match="100001 cells") as error:
@@ -157,6 +162,7 @@ def test_rows_of_another_number_are_never_misaligned() -> None:
         grid_sample(scene, rng())
 
 
+@pytest.mark.fault("P24")
 def test_the_labelled_cloud_keeps_a_labelled_point_per_cell() -> None:
     coord = np.array([[0, 0, 0], [0.001, 0, 0], [0.5, 0, 0], [0.501, 0, 0], [0.9, 0, 0]])
     cloud = {"pc_coord": coord, "pc_segment": np.array([-1, 4, 2, 3, -1])}

@@ -192,6 +192,7 @@ def test_the_deepest_stages_of_minimal_are_those_of_the_model() -> None:
     assert {path.split(".")[2] for path in lora_layers(model)} == {"enc1", "enc2"}
 
 
+@pytest.mark.fault("C15")
 def test_overrides_win_over_a_preset() -> None:
     model = lora_models.tiny_model()
     inject_lora_with_preset(model, "minimal", r=2, target_stages=[0], encoder_only=False)

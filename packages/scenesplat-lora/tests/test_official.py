@@ -134,6 +134,7 @@ class Evil:
         return (Path.touch, (Path("ran"),))
 
 
+@pytest.mark.fault("H01")
 def test_a_program_in_a_file_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": STATE, "best_metric_value": Evil()}, "evil.pth")
@@ -172,6 +173,7 @@ def misfits() -> dict[str, Tensor]:
     return state
 
 
+@pytest.mark.fault("C26")
 def test_strict_loading_names_all_misfits_and_changes_nothing(tmp_path: Path) -> None:
     torch.save({"state_dict": misfits()}, tmp_path / "a.pth")
     model = language_model(seed=1)
@@ -202,6 +204,7 @@ def test_lenient_loading_takes_what_fits_and_says_the_rest(
     assert torch.equal(model.state_dict()[name], STATE[name])
 
 
+@pytest.mark.fault("C27")
 def test_a_file_of_which_nothing_fits_is_refused_in_any_case(tmp_path: Path) -> None:
     torch.save({"encoder.layer.weight": torch.zeros(2, 2)}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match="0 of 1 tensors are of a Point Transformer V3"):

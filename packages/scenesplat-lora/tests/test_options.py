@@ -32,6 +32,7 @@ def test_the_recorded_override_gives_the_recorded_settings(tmp_path: Path) -> No
     assert plain(found) == expected
 
 
+@pytest.mark.fault("H11")
 @pytest.mark.parametrize(
     ("text", "value"),
     [
@@ -56,6 +57,7 @@ def test_values_are_read_and_never_evaluated(text: str, value: Any) -> None:
     assert type(found) is type(value)
 
 
+@pytest.mark.fault("C22")
 def test_all_wrong_words_are_told_together() -> None:
     words = ["a.b", "=x", "a..b=1", "a=[1,2", "b=1)", "c=1", "c=2", "d=" + "[" * 99 + "]" * 99]
     with pytest.raises(ConfigError) as error:
@@ -68,6 +70,7 @@ def test_all_wrong_words_are_told_together() -> None:
     assert "nested too deeply" in lines[6]
 
 
+@pytest.mark.fault("C22")
 def test_parts_of_what_has_no_parts_are_refused_together() -> None:
     values = {"epoch": 5, "hooks": [1, 2], "split": (1, 2)}
     options = {"epoch.x": 1, "hooks.2": 1, "hooks.x.y": 1, "split.0": 1, "new.0": 1}

@@ -83,6 +83,7 @@ def test_a_permutation_permutes_the_curves_and_no_cluster() -> None:
     assert torch.equal(turned.order, plain.order[[2, 0, 3, 1]])
 
 
+@pytest.mark.fault("R47")
 def test_voxels_too_few_for_the_stride_are_not_pooled_but_coincident_ones_are() -> None:
     grid = torch.tensor([[1, 0, 0], [0, 1, 1], [1, 0, 0]])
     points = point_set(PointBatch(torch.zeros(3, 1), grid, torch.tensor([3])), CURVES)

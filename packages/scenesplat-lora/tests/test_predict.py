@@ -12,7 +12,7 @@ from PIL import Image
 
 from lora_core.errors import ConfigError, DataError
 from scenesplat_lora import predict
-from scenesplat_lora.picture import class_colours, label_colours, render, shown
+from scenesplat_lora.picture import label_colours
 from scenesplat_lora.ply import read_vertices, write_gaussians
 from scenesplat_lora.scene_files import read_scene
 from scenesplat_lora.scene_sources import find_sources
@@ -76,43 +76,3 @@ def test_scenes_of_one_name_are_refused(tmp_path: Path) -> None:
         find_sources([tmp_path])
     with pytest.raises(DataError, match="does not exist"):
         find_sources([tmp_path / "nowhere"])
-
-
-# -- the picture -----------------------------------------------------------------------------------
-
-
-def test_the_nearer_disc_covers_the_farther() -> None:
-    coord = np.array([[0, 0, 0], [0, 0, 1], [-1, -1, 0], [1, 1, 0]], np.float32)
-    color = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 0], [0, 0, 0]], np.float32)
-    for rows in (np.arange(4), np.arange(4)[::-1]):
-        picture = render(coord[rows], color[rows], np.full(4, 0.1), elevation=90, width=101)
-        middle = picture[picture.shape[0] // 2, 50]
-        assert middle.tolist() == [0, 255, 0]  # seen from above
-
-
-def test_up_in_the_scene_is_up_in_the_picture() -> None:
-    wall = np.stack([np.linspace(0, 1, 50), np.zeros(50), np.linspace(0, 1, 50)], axis=1)
-    color = np.linspace(0, 200, 50)[:, None].repeat(3, axis=1)
-    picture = render(wall.astype(np.float32), color, np.full(50, 0.01), elevation=0, width=60)
-    dark = picture[..., 0] < 255
-    rows, columns = np.nonzero(dark)
-    assert picture.shape[0] == pytest.approx(60, abs=2)
-    assert rows[columns < 20].mean() > rows[columns > 40].mean()  # x = 0 is low, and at the left
-
-
-def test_ceilings_and_faint_gaussians_are_not_drawn() -> None:
-    z = np.repeat([0.0, 1.0, 2.5], 10)
-    scene = {
-        "coord": np.stack([np.zeros(30), np.zeros(30), z], axis=1),
-        "opacity": np.tile([0.9, 0.01], 15)[:, None],
-    }
-    assert np.array_equal(shown(scene, 0.8), (z < 2) & (scene["opacity"][:, 0] > 0.5))
-
-
-def test_classes_have_different_colours() -> None:
-    colours = class_colours(100).astype(int)
-    assert len(np.unique(colours, axis=0)) == 100
-    few = class_colours(12).astype(int)
-    apart = np.abs(few[:, None] - few[None]).sum(-1) + 1000 * np.eye(12)
-    assert apart.min() > 30
-    assert label_colours(np.array([-1]), 3).tolist() == [[200, 200, 200]]

@@ -68,6 +68,7 @@ def test_codes_number_every_voxel_once_and_keep_their_prefix(curve: str) -> None
     assert torch.equal(code >> 3, encode(grid >> 1, 3, curve))
 
 
+@pytest.mark.fault("P24")
 def test_voxels_that_coincide_keep_the_order_of_their_rows() -> None:
     code = serialize(torch.ones(200, 3, dtype=torch.int32), torch.zeros(200).long(), 1, CURVES)
     order, inverse = sort_codes(code)
@@ -81,6 +82,7 @@ def test_one_voxel_at_the_origin_needs_no_bits() -> None:
     assert serialize(grid, torch.zeros(1).long(), 0, CURVES).tolist() == [[0]] * 4
 
 
+@pytest.mark.fault("P22")
 @pytest.mark.parametrize(("value", "clouds"), [(-1, 1), (2**16, 1), (2**16 - 1, 2**15)])
 def test_voxels_beyond_the_codes_are_refused(value: int, clouds: int) -> None:
     with pytest.raises(DataError, match=f"grid_coord .*{value}"):

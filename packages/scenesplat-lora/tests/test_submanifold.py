@@ -33,7 +33,7 @@ def recorded_neighbours(tag: str) -> NeighbourMap:
 
 
 @pytest.mark.parametrize("tag", RECORDED)
-@pytest.mark.parametrize("block", [64, 2**18])
+@pytest.mark.parametrize("block", [7, 4096])
 def test_outputs_and_gradients_are_the_recorded_ones(
     tag: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,7 +155,25 @@ def test_new_weights_are_spread_as_those_of_torch() -> None:
     assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
 
 
+@pytest.mark.fault("R47")
 def test_a_box_that_int64_cannot_number_is_refused() -> None:
     grid = torch.tensor([[0, 0, 0], [2**22, 2**22, 2**22]])
     with pytest.raises(DataError, match="more than can be numbered"):
         find_neighbours(grid, torch.zeros(2).long(), 3)
+
+
+def test_pairs_come_block_by_block_of_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submanifold, "BLOCK", 16)
+    grid, cloud = sample(coincident=False)
+    whole, blocks = find_neighbours(grid, cloud, 3), []
+    place = torch.argsort(torch.argsort(submanifold._keys(grid, cloud, 1)[0]))
+    for index, targets, sources in whole.pairs:
+        assert len(targets) == len(sources) > 0
+        assert len(targets.unique()) == len(targets)
+        (block,) = (place[targets] // 16).unique().tolist()
+        blocks.append((block, index))
+    assert [block for block, _ in blocks] == sorted(block for block, _ in blocks)
+    assert len(set(blocks)) == len(blocks)
+    monkeypatch.setattr(submanifold, "BLOCK", 10**6)
+    total = sum(len(targets) for _, targets, _ in find_neighbours(grid, cloud, 3).pairs)
+    assert sum(len(targets) for _, targets, _ in whole.pairs) == total > 0

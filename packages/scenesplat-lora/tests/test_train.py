@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from lora_core.config import parse
 from lora_core.errors import UserError
+from lora_core.testing.program import signal_at_first_checkpoint
 from scenesplat_lora import data, objective, validation
 from scenesplat_lora import model as models
 from scenesplat_lora.config import Config
@@ -20,6 +22,7 @@ from scenesplat_lora.lora import load_lora_checkpoint
 from scenesplat_lora.models import DefaultSegmentorV2, LangPretrainer
 from scenesplat_lora.official import load_official
 from scenesplat_lora.ptv3_config import PTv3Config
+from scenesplat_lora.schedule import OneCycle
 from scenesplat_lora.train import main
 
 
@@ -214,6 +217,36 @@ def test_the_network_of_other_shape_needs_its_settings(files: Path, tmp_path: Pa
         models.skeleton(cfg)
     cfg.model.backbone = tiny_scenes.BACKBONE
     assert not isinstance(models.skeleton(cfg), DefaultSegmentorV2)
+
+
+def test_one_cycle_gives_adamw_its_first_beta_too_and_resumes_exactly(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, list[tuple[float, float]]] = {}
+    step = torch.optim.AdamW.step
+
+    def watched(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
+        group = self.param_groups[0]
+        found.setdefault(run, []).append((group["lr"], group["betas"][0]))
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    given = {"scheduler__type": "OneCycleLR", "scheduler__pct_start": 0.5, "batch_size": 1}
+    run = "whole"
+    assert main(command(files, tmp_path / run, **given)) == 0
+    run = "stopped"
+    with signal_at_first_checkpoint(signal.SIGTERM):
+        assert main(command(files, tmp_path / run, **given)) == 143
+    assert len(found[run]) < 6
+    assert main(["--resume", str(tmp_path / run)]) == 0
+    assert found["stopped"] == found["whole"]
+
+    cycle = OneCycle(6, pct_start=0.5)
+    assert found["whole"] == [
+        pytest.approx((1e-2 * cycle.lr_factor(update), cycle.beta1(update))) for update in range(6)
+    ]
+    assert cycle.beta1(2) == pytest.approx(0.85)
+    assert tiny_scenes.rows(tmp_path / "stopped") == tiny_scenes.rows(tmp_path / "whole")
 
 
 def test_the_learning_rate_warms_up_and_falls_to_its_least() -> None:

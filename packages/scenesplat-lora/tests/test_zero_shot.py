@@ -110,6 +110,7 @@ def test_an_instance_gets_its_most_frequent_label() -> None:
 # -- scores ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("P41")
 def test_the_two_definitions_differ_where_they_are_said_to() -> None:
     table = Confusion(["a", "b", "c"])
     table.add(np.array([0, 0, 0, 1, -1]), np.array([0, 0, -1, 2, 1]))
@@ -123,6 +124,7 @@ def test_the_two_definitions_differ_where_they_are_said_to() -> None:
     assert np.isnan(per_class["c"]["Acc"])
 
 
+@pytest.mark.fault("P25")
 def test_labels_that_no_class_has_are_refused_and_not_counted() -> None:
     table = Confusion(["a", "b"])
     with pytest.raises(DataError, match="labels from 0 to 2 for 2 classes"):
@@ -152,6 +154,7 @@ def test_official_files_and_npz_hold_the_same_embeddings(tmp_path: Path) -> None
     assert renamed.names[0] == "my wall"
 
 
+@pytest.mark.fault("P26")
 def test_embeddings_that_cannot_be_used_are_refused_with_their_file(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(2)}, tmp_path / "dict.pt")
     with pytest.raises(DataError, match=r"dict.pt holds a dict"):
@@ -175,6 +178,7 @@ def test_embeddings_that_cannot_be_used_are_refused_with_their_file(tmp_path: Pa
         text_embeddings(["a", "b"], torch.tensor([[1.0, 0], [0, 0]]))
 
 
+@pytest.mark.fault("P26")
 def test_features_of_another_width_are_refused() -> None:
     with pytest.raises(DataError, match="different widths"):
         probabilities(torch.zeros(3, 5), TEXT)

@@ -16,9 +16,9 @@ from lora_core.settings import dump, option, parse
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["LoraConfig", "Slices", "dump", "option", "parse"]
+__all__ = ["Bias", "LoraConfig", "Slices", "dump", "option", "parse"]
 
-
+Bias = Literal["none", "all", "lora_only"]
 MAX_FLOAT = 3.4028234e38  # of float32: a larger scale is infinite to the adapters
 
 
@@ -92,7 +92,7 @@ class LoraConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     slices: dict[str, Slices] = field(default_factory=dict)
     modules_to_save: list[str] = field(default_factory=list)
-    bias: Literal["none", "all", "lora_only"] = "none"
+    bias: Bias = "none"
     lora_bias: bool = False
     use_rslora: bool = False
     use_dora: bool = False

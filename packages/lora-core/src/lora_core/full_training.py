@@ -108,9 +108,10 @@ def switch_all(full: dict[str, FullTensor], active: Collection[str]) -> None:
         entry.switch(wanted[key])
 
 
-def forget(full: dict[str, FullTensor], adapter: str) -> None:
-    """Drop the values of one adapter; the base's return where it was live."""
-    for key, entry in list(full.items()):
+def forget(full: dict[str, FullTensor], adapter: str, keys: Collection[str] | None = None) -> None:
+    """Drop an adapter's values, all or those of `keys`; the base's return where it was live."""
+    for key in list(full) if keys is None else keys:
+        entry = full[key]
         if entry.live == adapter:
             entry.switch(None)
         entry.values.pop(adapter, None)

@@ -6,12 +6,13 @@ import contextlib
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from lora_core import full_training, mechanisms, overview, placement
-from lora_core.config import LoraConfig
+from lora_core.config import Bias, LoraConfig
 from lora_core.errors import ConfigError, listing, near
 from lora_core.full_training import FullTensor
 from lora_core.initialise import module_seed
@@ -34,6 +35,7 @@ __all__ = [
     "remove",
     "set_adapters",
     "summary",
+    "train_biases",
     "trainable_parameters",
 ]
 
@@ -142,6 +144,30 @@ def set_adapters(
         layer.lora_scales |= {name: factors[name] for name in layer.lora_active}
         for name, spec in layer.lora_adapters.items():
             mechanisms.set_trainable(layer, name, spec.trainable and name in names)
+
+
+def train_biases(model: nn.Module, name: str, bias: Bias) -> None:
+    """Choose anew which biases of the base an adapter trains, and make it the active one.
+
+    Those that it trains already keep their values, others begin with the base's.
+
+    Args:
+        bias: as in `LoraConfig`.
+
+    Raises:
+        ConfigError: no such adapter or choice, or merged adapters.
+    """
+    model = unwrapped(model)
+    _refuse_merged(model, "change what is trained")
+    config = replace(configs(model)[known(model, name)], bias=bias)
+    layers = lora_layers(model)
+    plan = {p: la.lora_adapters[name] for p, la in layers.items() if name in la.lora_adapters}
+    wanted, has = full_keys(model, config, plan), full_tensors(model, name).keys()
+    full_training.forget(_full(model), name, has - set(wanted))
+    new = [key for key in wanted if key not in has]
+    full_training.keep_aside(model, name, _full(model), new, train=True)
+    configs(model)[name] = config
+    set_adapters(model, name)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """What a training step takes of memory, found without weights and without a GPU.
 
 The step runs on tensors that have shapes but no values, on the CPU's code paths: what autograd
-would keep is counted exactly, custom functions and activation checkpointing included. On a GPU a
+would keep is counted exactly, custom functions and activation checkpointing included. Whole numbers
+that follow from the batch alone have their values, since shapes may depend on them. On a GPU a
 few operations choose other types under autocast, and the libraries' own workspaces, fragmentation
 and the CUDA context (together about 1 GB) come on top.
 """
@@ -81,7 +82,7 @@ def simulate(
         network: built on the meta device; it cannot be used for anything else afterwards.
         loss: as for `LoraTrainer`. Where it reads the value of a prediction, it reads zeros; a
             boolean mask of predictions selects everything.
-        batch: a real one, on the CPU.
+        batch: a real one, on the CPU. Its whole numbers are computed with.
         precision: fp32, or bf16 or fp16 under autocast.
     """
     ledger, dtype = _Ledger(), AUTOCAST.get(precision)
@@ -113,8 +114,12 @@ class _Ledger(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:  # .item(), bool(), int(), float()
             return _value(args[0])
         if func is torch.ops.aten.index.Tensor:
-            args = (args[0], _everything(args[1]), *args[2:])
-        result = func(*args, **kwargs)
+            args = (args[0], _without_masks(args[1]), *args[2:])
+        if _is_known(func, args, kwargs):
+            with unset_fake_temporarily():
+                result = func(*args, **kwargs)
+        else:
+            result = func(*args, **kwargs)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._note(tensor.untyped_storage())
@@ -155,14 +160,29 @@ def _value(tensor: Tensor) -> Any:
         return (torch.zeros((), dtype=tensor.dtype) if known is None else known).item()
 
 
-def _everything(indices: Iterable[Tensor | None]) -> list[Tensor | None]:
-    """A mask's entries as numbers: how many it selects is not known, so all of them."""
+def _is_known(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operation takes only whole numbers with values, or makes such of nothing."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if tensors:
+        return all(_is_whole(t) and not isinstance(t, FakeTensor) for t in tensors)
+    return _is_whole(func(*args, **kwargs))
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
+
+
+def _without_masks(indices: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """Masks as numbers of what they select; where that is not known, it is everything."""
     found: list[Tensor | None] = []
     for index in indices:
-        if index is not None and index.dtype == torch.bool:
+        if index is None or index.dtype != torch.bool:
+            found.append(index)
+        elif isinstance(index, FakeTensor):
             found += [torch.empty(index.numel(), dtype=torch.int64) for _ in range(index.dim())]
         else:
-            found.append(index)
+            with unset_fake_temporarily():
+                found += index.nonzero(as_tuple=True)
     return found
 
 

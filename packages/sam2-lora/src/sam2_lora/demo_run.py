@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_core.config import MAX_FLOAT, option, parse
-from lora_core.demo_folder import empty_folder, typed, words
-from lora_core.errors import ConfigError
-from lora_core.guards import count_problem
+from lora_core.config import option, parse
+from lora_core.demo_folder import check_options, empty_folder, run_verb
 from lora_core.preflight import writable
 from lora_core.report import duration, say, table
 
@@ -42,13 +40,7 @@ class Options:
     )
 
     def __post_init__(self) -> None:
-        counts = ("steps", "batch_size", "seeds")
-        wrong = [line for name in counts for line in count_problem(self, name, 1)]
-        if not 0 < self.learning_rate <= MAX_FLOAT:
-            rate = f"--learning_rate is {self.learning_rate}"
-            wrong.append(f"{rate}: it must be a finite number above 0")
-        if wrong:
-            raise ConfigError("\n".join(wrong))
+        check_options(self, {"steps": 1, "batch_size": 1, "seeds": 1})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sam2_lora import demo
 
     demo.write(folder / "data")
-    say(f"{folder / 'data'}: photographs with masks, generated steel strips, a tiny SAM 2\n")
+    say(f"{folder / 'data'}: photographs with masks, generated steel strips, a tiny SAM 2")
     runs = [train(options, folder, seed) for seed in range(options.seeds)]
     report(folder, runs)
     say(f"\ndone in {duration(time.monotonic() - began)}")
@@ -99,9 +91,7 @@ def train(options: Options, folder: Path, seed: int) -> Run:
         "output_dir": runs,
         "logs_dir": runs / "logs",
     }
-    argv = words(settings)
-    say(f"{typed(['sam2-lora', 'train', *argv])}\n")
-    run(argv)
+    run_verb("sam2-lora", "train", run, settings)
     return find_run(str(next(path for path in runs.iterdir() if path.name != "logs")))
 
 

@@ -7,15 +7,13 @@ choosing the best epoch; the merged model is scored from its file.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_core.config import MAX_FLOAT, option, parse
-from lora_core.demo_folder import empty_folder, typed, words
-from lora_core.errors import ConfigError
-from lora_core.guards import count_problem
+from lora_core.config import option, parse
+from lora_core.demo_folder import check_options, empty_folder, run_verb
 from lora_core.preflight import writable
 from lora_core.report import duration, say, table
 
@@ -41,13 +39,7 @@ class Options:
     seed: int = option(0, "Fixes adapters, data order and negatives.", "training")
 
     def __post_init__(self) -> None:
-        wrong = [line for name in ("epochs", "batch_size") for line in count_problem(self, name, 1)]
-        wrong += count_problem(self, "seed", 0)
-        if not 0 < self.learning_rate <= MAX_FLOAT:
-            rate = f"--learning_rate is {self.learning_rate}"
-            wrong.append(f"{rate}: it must be a finite number above 0")
-        if wrong:
-            raise ConfigError("\n".join(wrong))
+        check_options(self, {"epochs": 1, "batch_size": 1, "seed": 0})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,11 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sam3_lora.train import train
 
     demo.write(folder / "data")
-    say(f"{folder / 'data'}: generated pictures with phrases, a tiny SAM 3\n")
-    run_verb("train", train, training(options, folder))
+    say(f"{folder / 'data'}: generated pictures with phrases, a tiny SAM 3")
+    run_verb("sam3-lora", "train", train, training(options, folder))
     adapter, merged = folder / "checkpoints" / "best.pt", folder / "merged.pt"
     base = {"checkpoint": base_of(folder), "adapter": adapter}
-    run_verb("merge", merge.main, {**base, "output": merged})
+    run_verb("sam3-lora", "merge", merge.main, {**base, "output": merged})
     evaluate(folder, adapter, merged)
     say(f"\nadapter:          {adapter}")
     say(f"adapter for PEFT: {folder / 'checkpoints' / 'adapter'}")
@@ -82,13 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def base_of(folder: Path) -> Path:
     """The tiny base in a demo folder."""
     return folder / "data" / "sam3_demo.safetensors"
-
-
-def run_verb(verb: str, main: Callable[[list[str]], int], settings: Mapping[str, object]) -> None:
-    """Run a command of this package, and show what one would type."""
-    argv = words(settings)
-    say(f"{typed(['sam3-lora', verb, *argv])}\n")
-    main(argv)
 
 
 def training(options: Options, folder: Path) -> dict[str, object]:

@@ -14,12 +14,12 @@ from lora_core.run_folder import read_settings, travelling
 from sam3_lora import objective
 from sam3_lora.artifacts import (
     PATHS,
-    Artifacts,
-    Run,
+    artifacts_of,
     checkpoint_of,
     find_run,
-    new_run,
     refuse_existing,
+    run_of,
+    writable,
 )
 from sam3_lora.config import Config
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import TrainingArguments
 
+    from lora_core.epoch_run import Artifacts, EpochRun
     from lora_core.trainer import LoraTrainer
     from sam3_lora.data import Splits
     from sam3_lora.scoring import EncodedPhrases
@@ -66,8 +67,7 @@ def train(argv: Sequence[str]) -> int:
         UserError: settings, data or checkpoints that cannot be used; nothing is lost.
     """
     cfg, run = settings(argv)
-    place = run or Run.of(cfg)
-    ready(cfg, *place.problems(), *([] if run else [lambda: refuse_existing(cfg)]))
+    ready(cfg, *writable(run or run_of(cfg)), *([] if run else [lambda: refuse_existing(cfg)]))
     if cfg.dry_run:
         from sam3_lora import dry_run
 
@@ -81,7 +81,7 @@ def train(argv: Sequence[str]) -> int:
         return fit(cfg, run, device)
 
 
-def settings(argv: Sequence[str]) -> tuple[Config, Run | None]:
+def settings(argv: Sequence[str]) -> tuple[Config, EpochRun | None]:
     """Read the command line; a resumed run has its own settings, changed by flags given now."""
     about = {"prog": "sam3-lora train", "description": "Train a LoRA of SAM 3 on your phrases."}
     return read_settings(Config, argv, find_run, **about)
@@ -111,11 +111,12 @@ def ready(cfg: Config, *checks: Callable[[], object]) -> None:
     )
 
 
-def fit(cfg: Config, run: Run | None, device: torch.device) -> int:
+def fit(cfg: Config, run: EpochRun | None, device: torch.device) -> int:
     """Load data and weights, train, and write the results; the same in every process."""
     from lora_core import summary
     from lora_core.disk import check_space, folder_bytes
     from lora_core.distributed import first_rank_decides
+    from lora_core.epoch_run import start
     from lora_core.trainer import LoraTrainer
     from sam3_lora import data, memory, model, network, validation
     from sam3_lora.normalisers import counted
@@ -139,16 +140,17 @@ def fit(cfg: Config, run: Run | None, device: torch.device) -> int:
     updates = data.updates_per_epoch(cfg, splits)
     use = memory.disk_use(net, cfg, updates, splits.val is not None)
     check_space(use, cfg.checkpoint.save_dir, folder_bytes(run.folder) if run else 0)
-    run = run or first_rank_decides(lambda: new_run(cfg, f"{splits}\n\n{summary(net)}"), device)
+    about = f"{splits}\n\n{summary(net)}"
+    run = run or first_rank_decides(lambda: start(run_of(cfg), cfg, about), device)
     first_rank_decides(run.tidy, device)
     run.list_bad_samples(splits.bad, device)
 
     predictor = Predictor(net, words, number_format, fixed)
     with copied_to(run.text):
-        log = RunLog(run.logs, run.csv, COLUMNS, cfg.tensorboard)
+        log = RunLog(run.csv.parent, run.csv, COLUMNS, cfg.tensorboard)
         prints = {"data": data.fingerprint(splits), "base": str(net.sam3_base.fingerprint)}
-        about = {"phrases": list(splits.phrases), "data": prints["data"]}
-        artifacts = Artifacts(run, net, cfg, updates, about)
+        facts = {"phrases": list(splits.phrases), "data": prints["data"]}
+        artifacts = artifacts_of(run, net, cfg, updates, facts)
         trainer = LoraTrainer(
             net,
             arguments(cfg, run, updates, device),
@@ -200,7 +202,7 @@ def schedule(cfg: Config) -> Callable[[int, int], float] | None:
     return factor
 
 
-def arguments(cfg: Config, run: Run, updates: int, device: torch.device) -> TrainingArguments:
+def arguments(cfg: Config, run: EpochRun, updates: int, device: torch.device) -> TrainingArguments:
     """The configuration as transformers' TrainingArguments.
 
     Raises:

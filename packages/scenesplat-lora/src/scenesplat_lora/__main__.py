@@ -11,7 +11,11 @@ COMMANDS = {
     "train": "train a LoRA on your scenes of Gaussians",
     "evaluate": "zero-shot mIoU and mAcc of base and adapter on labelled scenes",
     "predict": "labels, a coloured .ply and a picture of a scene",
-    "prepare": "scenes from .ply files, language features from labels, chunks",
+    "merge": "base and adapter as one checkpoint with the official names",
+    "find-lr": "suggest a learning rate for your scenes",
+    "view": "look at a scene, its labels and where any word is, in a browser",
+    "prepare": "scenes from .ply files and data sets, text embeddings, language features, chunks",
+    "demo": "the whole way on a tiny model and generated rooms: base, LoRA, merged model",
 }
 
 

@@ -2,7 +2,8 @@
 
 Names are those of the guide: `<module path>.lora_A` [r, in] and `<module path>.lora_B` [out, r],
 with a prompt MLP also `.prompt_mlp.0.weight`, `.prompt_mlp.0.bias`, `.prompt_mlp.2.weight`,
-`.prompt_mlp.2.bias` and `.prompt_weight`. Biases that were trained too have their own names.
+`.prompt_mlp.2.bias` and `.prompt_weight`. Biases that were trained too, and the head of a
+segmentation model (`seg_head.weight`, `seg_head.bias`), have their own names.
 lora_core's own adapters (folders as PEFT has them, and single files) are read as well.
 """
 
@@ -23,13 +24,14 @@ from lora_core.adapters import file as core_file
 from lora_core.adapters.file import AdapterFile
 from lora_core.adapters.layout import number
 from lora_core.adapters.origin import base_print, versions
-from lora_core.errors import ConfigError, listing
+from lora_core.errors import CheckpointError, ConfigError, listing
 from lora_core.layers import AdapterSpec, LoraLayer
 from lora_core.module_names import Rename, clean, file_paths, join, unwrapped
 from lora_core.tensor_file import atomic_write, plain
 from scenesplat_lora import prompt_mlp
-from scenesplat_lora.adapter_read import FACTS, FORMAT, STATE, read_lora
+from scenesplat_lora.adapter_read import FACTS, FORMAT, STATE, head_classes, read_lora
 from scenesplat_lora.frozen_norms import freeze_statistics
+from scenesplat_lora.models import DefaultSegmentorV2, segmentor_in
 from scenesplat_lora.names import adapted_part, layers_of, prefix, renaming, with_lora
 
 ADAPTER = "default"  # name of the one adapter on a model
@@ -42,7 +44,7 @@ WEIGHT = f".{prompt_mlp.NAME}.prompt_weight"  # name in the model of what files 
 def save_lora_checkpoint(
     model: nn.Module, path: str | Path, metadata: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write LoRA, prompt MLPs and biases that were trained with them; the base is not in the file.
+    """Write LoRA, and prompt MLPs, biases and a head that were trained with it, without the base.
 
     A crash at any moment leaves the old file or the new one.
 
@@ -110,10 +112,19 @@ def _facts(
         "enable_prompt": bool(prompt_mlp.with_prompt(part)),
         "lora_dropout": config.lora_dropout,
         "bias": config.bias,
+        **_class_facts(part, tensors),
         "layers": {path: {"r": ranks[path], "alpha": alphas[path]} for path in scales},
         "base": _print(part, {p: la.lora_adapters[ADAPTER] for p, la in layers.items()}),
         "made": versions(),
     }
+
+
+def _class_facts(part: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Names of the classes of a head in the adapter, where they are known."""
+    found = segmentor_in(part)
+    if found is None or found[1].class_names is None or head_classes(tensors) is None:
+        return {}
+    return {"classes": list(found[1].class_names)}
 
 
 def _joined(given: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
@@ -151,7 +162,8 @@ def load_lora_checkpoint(
 ) -> dict[str, Any]:
     """Put saved LoRA on a model, in place. Everything is checked before the model is touched.
 
-    A base model gets the layers and ranks of the file; the base is frozen. Where LoRA is there
+    A base model gets the layers and ranks of the file, and a segmentation model its head, also of
+    another number of classes; the base is frozen. Where LoRA is there
     already, its layers, ranks and alpha must be those of the file, and get its values. Names may
     have `backbone.` or `module.` in front or not.
 
@@ -175,14 +187,50 @@ def load_lora_checkpoint(
     if part is None:
         prompt_mlp.attach(target, _prompt_widths(file, target, rename))
     try:
+        segmentor = _with_head(target, file, fresh=part is None)
         core_file.load_adapter(target, file, ADAPTER, True, rename, alpha, allow_partial)
     except BaseException:
         if part is None:
             prompt_mlp.detach(target)
+            if found := segmentor_in(target):
+                found[1].restore_head()
         raise
     freeze_statistics(target)
+    if segmentor is not None:
+        segmentor.class_names = _class_names(file, segmentor)
     _warn_other_base(target, file)
     return file.metadata
+
+
+def _with_head(target: nn.Module, file: AdapterFile, fresh: bool) -> DefaultSegmentorV2 | None:
+    """The segmentation model that takes the head in a file, with room for its classes.
+
+    Args:
+        fresh: the model has no LoRA yet: its head may be exchanged.
+
+    Returns:
+        None: the file has no head.
+
+    Raises:
+        CheckpointError: the model has no place for it.
+    """
+    classes, found = head_classes(file.tensors), segmentor_in(target)
+    if classes is None:
+        return None
+    if found is None:
+        raise CheckpointError(
+            f"{file.path} has a segmentation head of {classes} classes, and this model is a "
+            f"{type(target).__name__} without one: load_official(checkpoint, num_classes={classes})"
+        )
+    if fresh and found[1].seg_head.out_features != classes:
+        found[1].renew_head(classes, keep_old=True)
+    return found[1]
+
+
+def _class_names(file: AdapterFile, segmentor: DefaultSegmentorV2) -> tuple[str, ...] | None:
+    names = file.metadata.get("classes")
+    count = segmentor.seg_head.out_features
+    return tuple(map(str, names)) if isinstance(names, list) and len(names) == count else None
 
 
 def _prompt_widths(file: AdapterFile, target: nn.Module, rename: Rename) -> dict[str, int]:

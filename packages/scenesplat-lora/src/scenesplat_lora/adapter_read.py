@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,10 @@ from lora_core.adapters.file import AdapterFile, read_adapter
 from lora_core.adapters.match import size_limit
 from lora_core.errors import CheckpointError
 from lora_core.injection import lora_layers
+from lora_core.merged_file import LARGEST_ADAPTER as LARGEST
 from lora_core.module_names import clean
 from lora_core.tensor_file import read_torch
+from scenesplat_lora.models import HEAD
 from scenesplat_lora.prompt_mlp import INITIAL_WEIGHT, NAME
 
 FORMAT = 1
@@ -55,18 +57,68 @@ def read_lora(path: Path, target: nn.Module, lora_alpha: float | None = None) ->
         if (bias := tensors.pop(f"{layer}.bias", None)) is not None:
             tensors[f"{layer}.base_layer.bias"] = bias
     scalar = f".{NAME}.prompt_weight"
+    whole = [name.removesuffix(".prompt_weight") for name in tensors if name.endswith(scalar)]
     config = {
         "peft_type": "LORA",
         "r": max(layer["r"] for layer in layers.values()),
         "lora_alpha": max(layer["alpha"] for layer in layers.values()),
         "target_modules": sorted(layers),
-        "modules_to_save": [
-            name.removesuffix(".prompt_weight") for name in tensors if name.endswith(scalar)
-        ],
+        "modules_to_save": whole + [key.removesuffix(".weight") for key in head_keys(tensors)],
         "bias": facts.get("bias", "none"),
     }
     extra = {"layers": layers, "lora_dropout": facts.get("lora_dropout", 0.0)}
     return AdapterFile(path, config, tensors, facts, extra | {"made": facts.get("made")})
+
+
+def head_keys(names: Iterable[str]) -> list[str]:
+    """The name of the weight [classes, features] of a segmentation head in a file, or nothing."""
+    return [name for name in names if re.fullmatch(rf"(?:.+\.)?{HEAD}\.weight", name)]
+
+
+def head_classes(tensors: Mapping[str, Tensor]) -> int | None:
+    """How many classes the head in a file has; None: no head, or no weight of one."""
+    for key in head_keys(tensors):
+        return len(tensors[key]) if tensors[key].dim() == 2 else None
+    return None
+
+
+class AdapterFacts(NamedTuple):
+    """What is asked of an adapter before a model is there.
+
+    Attributes:
+        classes: of the segmentation head in it; None: it has none.
+        names: of these classes; None: the file does not say them.
+        grid_size: metres, voxels that it was trained with; None: not known.
+    """
+
+    classes: int | None = None
+    names: tuple[str, ...] | None = None
+    grid_size: float | None = None
+
+
+def read_facts(path: str | Path) -> AdapterFacts:
+    """Look at an adapter, a file or a folder as PEFT has it.
+
+    Raises:
+        CheckpointError: missing, damaged, or no adapter.
+    """
+    path = Path(path)
+    if path.is_dir() or path.suffix == ".safetensors":
+        file = read_adapter(path, LARGEST)
+        state, facts = file.tensors, file.metadata
+    else:
+        held: Any = read_torch(path, LARGEST, device="meta")
+        held = held if isinstance(held, dict) else {}
+        state, facts = held.get(STATE, held.get("tensors")), held.get(FACTS)
+    state = state if isinstance(state, dict) else {}
+    tensors = {str(name): t for name, t in state.items() if isinstance(t, Tensor)}
+    facts = facts if isinstance(facts, dict) else {}
+    settings, names = facts.get("settings"), facts.get("classes")
+    size = settings.get("data.grid_size") if isinstance(settings, dict) else None
+    size = size if isinstance(size, float) and 0 < size < 100 else None
+    count = head_classes(tensors)
+    known = isinstance(names, list) and len(names) == count
+    return AdapterFacts(count, tuple(map(str, names or ())) if known else None, size)
 
 
 def _check_content(path: Path, state: Any, facts: Any) -> None:

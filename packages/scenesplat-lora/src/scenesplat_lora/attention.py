@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scenesplat_lora.point_set import PointSet
+from scenesplat_lora import accelerators
+from scenesplat_lora.point_set import PatchRows, PointSet
 
 
 class SerializedAttention(nn.Module):
@@ -54,9 +55,25 @@ class SerializedAttention(nn.Module):
         patches = points.patch_rows(curve, self.patch_size, self.varlen)
         # The rows are gathered before the projection, three times fewer numbers than after it.
         qkv = self.qkv(feat.index_select(0, patches.gather))
+        out = self._attend_all(qkv, patches, points)
+        # The projection comes before the way back: what its adapter keeps for the backward pass is
+        # then what attention keeps anyway, and no copy of it.
+        result: Tensor = self.proj_drop(self.proj(out).index_select(0, patches.back))
+        return result
+
+    def _attend_all(self, qkv: Tensor, patches: PatchRows, points: PointSet) -> Tensor:
+        """Of all patches, one after the other: [N', 3 C] -> [N', C]."""
+        dtype = qkv.dtype
+        if self.compute_dtype is not None:
+            qkv = qkv.to(self.compute_dtype)
         sizes, bias = patches.sizes, None
         if self.rpe is not None:  # its bias is a matrix of all pairs: one patch at a time
             sizes = tuple((1, length) for count, length in sizes for _ in range(count))
+        elif accelerators.flash_attention_fits(qkv, self.num_heads):
+            drop = self.attn_drop if self.training else 0.0
+            return accelerators.flash_attention(qkv, self.num_heads, sizes, drop, self.scale).to(
+                dtype
+            )
         parts = []
         start = 0
         for count, length in sizes:
@@ -65,15 +82,10 @@ class SerializedAttention(nn.Module):
                 bias = self.rpe(points.grid_coord[patches.gather[start:stop]])
             parts.append(self._attend(qkv[start:stop], count, length, bias))
             start = stop
-        out = torch.cat(parts) if len(parts) > 1 else parts[0]
-        result: Tensor = self.proj_drop(self.proj(out.index_select(0, patches.back)))
-        return result
+        return (torch.cat(parts) if len(parts) > 1 else parts[0]).to(dtype)
 
     def _attend(self, qkv: Tensor, count: int, length: int, bias: Tensor | None) -> Tensor:
         """softmax(scale q k^T + bias) v of `count` patches: [count * length, 3 C] -> [.., C]."""
-        dtype = qkv.dtype
-        if self.compute_dtype is not None:
-            qkv = qkv.to(self.compute_dtype)
         q, k, v = qkv.view(count, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(
             q,
@@ -83,7 +95,7 @@ class SerializedAttention(nn.Module):
             dropout_p=self.attn_drop if self.training else 0.0,
             scale=self.scale,
         )  # [count, heads, length, d]
-        return out.transpose(1, 2).reshape(count * length, -1).to(dtype)
+        return out.transpose(1, 2).reshape(count * length, -1)
 
 
 class RelativePositions(nn.Module):

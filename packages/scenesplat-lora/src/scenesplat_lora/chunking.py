@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_core.errors import ConfigError
+from lora_core.errors import ConfigError, DataError
 from scenesplat_lora.grid_sample import Rows, Voxels, first_preferred, voxelise
 from scenesplat_lora.scene import Scene, take_rows
+
+MOST_WINDOWS = 100_000  # a city of 1 km x 1 km every 3 m
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,13 @@ def cut_scene(scene: Scene, chunks: Chunks, rng: np.random.Generator) -> Iterato
     Coordinates stay those of the scene. Usable rows of `lang_feat` get unit length, which they need
     not have in whole scenes.
     """
+    coord = scene["coord"]
+    kept = np.arange(len(coord))
     if chunks.grid_size is not None:
-        scene = one_per_cell(scene, chunks.grid_size, rng)
-    for rows in windows(scene["coord"], chunks):
-        yield _unit_features(take_rows(scene, rows))
+        kept = _rows_of_cells(scene, chunks.grid_size, rng)
+    for rows in windows(coord[kept], chunks):
+        # Of features, which may be larger than memory, those of one chunk are read at a time.
+        yield _unit_features(take_rows(scene, kept[rows]))
 
 
 def windows(coord: NDArray[np.floating], chunks: Chunks) -> list[Rows]:
@@ -72,8 +77,19 @@ def windows(coord: NDArray[np.floating], chunks: Chunks) -> list[Rows]:
 
     Args:
         coord: [N, 3] metres.
+
+    Raises:
+        DataError: so many windows that they would not end.
     """
     plane = coord[:, :2] - coord[:, :2].min(axis=0)
+    sides = plane.max(axis=0).astype(np.float64) + chunks.stride - np.array(chunks.range)
+    count = np.maximum(sides / chunks.stride, 1).prod()
+    if not count <= MOST_WINDOWS:
+        raise DataError(
+            f"{count:.3g} windows every {chunks.stride[0]:g} x {chunks.stride[1]:g} m, at most "
+            f"{MOST_WINDOWS} are possible: take a larger stride, or remove far outliers (are its "
+            "coordinates metres?)"
+        )
     found = []
     for x in _origins(plane[:, 0], chunks.range[0], chunks.stride[0]):
         column = np.flatnonzero((plane[:, 0] >= x) & (plane[:, 0] < x + chunks.range[0]))
@@ -96,11 +112,15 @@ def one_per_cell(scene: Scene, size: float, rng: np.random.Generator) -> Scene:
 
     Cells are counted from the scene's lower corner.
     """
+    return take_rows(scene, _rows_of_cells(scene, size, rng))
+
+
+def _rows_of_cells(scene: Scene, size: float, rng: np.random.Generator) -> Rows:
     voxels = voxelise(scene["coord"] - scene["coord"].min(axis=0), size)
     mask = scene.get("valid_feat_mask")
     if mask is None:
-        return take_rows(scene, voxels.members(0))
-    return take_rows(scene, _random_preferred(voxels, mask.astype(bool), rng))
+        return voxels.members(0)
+    return _random_preferred(voxels, mask.astype(bool), rng)
 
 
 def _random_preferred(

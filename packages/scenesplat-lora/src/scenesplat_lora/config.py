@@ -133,8 +133,11 @@ class Model:
     )
     backbone: dict[str, Any] = option(
         {},
-        "Fields of PT-v3m1 that differ from the released model of the checkpoint's widths; all of "
-        "them for a network of another shape.",
+        "Fields of PT-v3m1 that differ from what the checkpoint says of itself, or else from the "
+        "released model of its widths; all of them for another shape.",
+    )
+    new_head: bool = option(
+        False, "A new head for a segmentation model, even with as many classes as the checkpoint's."
     )
     criteria: list[dict[str, Any]] = option(
         [], "Terms of the loss, each dict(type=..., loss_weight=...); none: cosine and L2, or "
@@ -172,14 +175,23 @@ class Data:
     """Where scenes lie and what their files mean."""
 
     layout: LayoutName = option("generic", "Names of label files and ranges of scales.")
-    grid_size: float = option(0.02, "Side of a voxel in metres (of the transforms not given).")
+    grid_size: float | None = option(
+        None,
+        "Side of a voxel in metres, of the transforms that are not given; null: what the base was "
+        "made for, 0.02 for the released models.",
+    )
     point_max: int = option(192_000, "Voxels of a training sample at most (as grid_size).")
     text_embeddings: str | None = option(
         None, "Text embeddings (.pt, .npz) for the zero-shot mIoU; null: only the loss is measured."
     )
-    class_names: str | None = option(None, "Names for a .pt of embeddings, one per line.")
+    class_names: str | None = option(
+        None, "Names for a .pt of embeddings, or of a segmentation model's classes, one per line."
+    )
     excluded: list[str] = option([], "Classes that fg_mIoU leaves out, such as wall and floor.")
-    num_classes: int | None = option(None, "Of a segmentation model; null: as the checkpoint has.")
+    num_classes: int | None = option(
+        None,
+        "Of a segmentation model; null: as the checkpoint has. Another number gets a new head.",
+    )
     train: TrainData = field(default_factory=TrainData)
     val: ValData = field(default_factory=ValData)
 
@@ -188,9 +200,14 @@ class Data:
         """Folder of the splits that are evaluated on."""
         return self.val.data_root or self.train.data_root
 
+    @property
+    def voxels(self) -> float:
+        """Side of a voxel in metres; a run has asked its base where nothing is set."""
+        return 0.02 if self.grid_size is None else self.grid_size
+
     def problems(self) -> Iterator[str]:
         """Yield what cannot work, each as one line."""
-        if not 1e-6 <= self.grid_size <= 1e6:
+        if not 1e-6 <= self.voxels <= 1e6:
             yield f"--data.grid_size is {self.grid_size}: it must be metres, above 0"
         for text in count_problem(self, "point_max", 1):
             yield text.replace("--", "--data.", 1)
@@ -198,8 +215,6 @@ class Data:
             yield text.replace("--", "--data.train.", 1)
         if not self.train.split:
             yield "--data.train.split is empty: name a folder of scenes"
-        if self.class_names and not self.text_embeddings:
-            yield "--data.class_names belongs to --data.text_embeddings, which is not given"
         if self.num_classes is not None and not 1 <= self.num_classes <= 100_000:
             yield f"--data.num_classes is {shown(self.num_classes)}: 1 to 100000"
 
@@ -228,7 +243,9 @@ class Scheduler:
     """The learning rate over the run."""
 
     type: Literal["cosine", "OneCycleLR"] = option(
-        "cosine", "cosine with warm-up, or the one-cycle of official pretraining (betas stay)."
+        "cosine",
+        "cosine with warm-up, or the one-cycle of official pretraining, in which the first of "
+        "optimizer.betas goes from 0.95 to 0.85 at the peak and back.",
     )
     warmup_epochs: float = option(10.0, "Of cosine; at most a tenth of all updates.")
     warmup_lr: float = option(1e-5, "Learning rate of the first update, of cosine.")

@@ -10,21 +10,28 @@ A file is a list of assignments. Values are literals, names assigned above, dict
 list(...), displays, and + - * / // of these; anything else is an error with its line. The files of
 `_base_` come first and what follows is merged into them: dicts key by key, all else replaced; a
 dict with `_delete_=True` replaces too. Nothing is ever imported or called.
+
+A path in `_base_` is relative to the file. Where nothing lies there, it may name a preset that came
+with the package: "../_base_/lora_runtime.py", "configs/generic/lora-finetune.py" and
+"generic/lora-finetune.py" do from anywhere. The same holds for the file itself.
 """
 
 from __future__ import annotations
 
 import ast
 import copy
+import os
 import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lora_core.errors import ConfigError, listing, near, one_line
+from lora_core.report import say
 from scenesplat_lora.config_values import MAX_BYTES, FileValues, target_names
 
 MAX_FILES = 100  # that one file may lead to
+CONFIGS = Path(__file__).parent / "configs"  # the presets that came with the package
 
 
 @dataclass
@@ -69,7 +76,7 @@ def _read(path: Path, inside: tuple[Path, ...], all_files: list[Path]) -> Python
         raise ConfigError(f"{one_line(path)}: _base_ leads to more than {MAX_FILES} files")
     tree = _parse(path)
     names = _base_names(path, tree)
-    bases = [_read(path.parent / name, (*inside, here), all_files) for name in names]
+    bases = [_read(find(name, path.parent), (*inside, here), all_files) for name in names]
     base = _united(path, bases)
     reader = FileValues(path, base.values)
     reader.statements(tree.body)
@@ -80,6 +87,39 @@ def _read(path: Path, inside: tuple[Path, ...], all_files: list[Path]) -> Python
 
 
 # -- files -----------------------------------------------------------------------------------------
+
+
+def find(name: str, folder: Path | None = None) -> Path:
+    """A file of settings: in a folder, or a preset of the package with this name, which is said.
+
+    Args:
+        folder: what the name is relative to; None: the working directory.
+    """
+    path = Path(name) if folder is None else folder / name
+    if os.path.lexists(path):  # Path.exists raises for long names
+        return path
+    own = packaged(name)
+    if own is None:
+        return path
+    say(f"{one_line(path)} does not exist: the preset of scenesplat-lora is used, {own}")
+    return own
+
+
+def packaged(name: str) -> Path | None:
+    """The package's preset that a path names: what follows its leading `..` and `configs`."""
+    given = PurePosixPath(name.replace("\\", "/"))
+    parts = list(given.parts)
+    while parts[:1] == [".."]:
+        parts = parts[1:]
+    parts = parts[parts[:1] == ["configs"] :]
+    if given.is_absolute() or not parts or ".." in parts:
+        return None
+    return CONFIGS.joinpath(*parts) if "/".join(parts) in presets() else None
+
+
+def presets() -> list[str]:
+    """The presets of the package, as paths in its `configs`."""
+    return sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.py"))
 
 
 def _parse(path: Path) -> ast.Module:
@@ -104,7 +144,10 @@ def _text(path: Path) -> str:
             folder = path.absolute().parent
             names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
             hint = near(path.name, names)
-            raise ConfigError(f"configuration file not found: {tried}{hint and '; ' + hint}")
+            raise ConfigError(
+                f"configuration file not found: {tried}{hint and '; ' + hint}. Presets that come "
+                f"with the package: {', '.join(f'configs/{preset}' for preset in presets())}"
+            )
         if not path.is_file():
             raise ConfigError(f"{tried} is not a file: give a .py file of settings")
         if path.stat().st_size > MAX_BYTES:

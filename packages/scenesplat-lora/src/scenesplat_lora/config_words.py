@@ -18,10 +18,13 @@ from typing import Any, get_args, get_origin, get_type_hints
 from lora_core.errors import ConfigError, listing, near
 from lora_core.settings import types as setting_types
 from scenesplat_lora.config import Config
-from scenesplat_lora.config_files import PythonConfig, read_config
+from scenesplat_lora.config_files import PythonConfig, find, read_config
 from scenesplat_lora.options import parse_value
 
-PACKAGE = Path(__file__).parent  # holds configs/, so that the guide's paths work everywhere
+# Flags of the official launcher, and the value that means what happens anyway.
+LAUNCHER = {
+    "--num-gpus": "1", "--num-machines": "1", "--machine-rank": "0", "--dist-url": "auto",
+}  # fmt: skip
 # What a preset stands for: named on the command line it replaces a file's own.
 OF_PRESET = ("r", "lora_alpha", "target_modules", "enable_prompt", "encoder_only", "target_stages")
 
@@ -39,7 +42,7 @@ def for_parser(argv: Sequence[str]) -> Iterator[list[str]]:
         backbone: dict[str, Any] = {}
         options = False
         preset = any(re.match(r"(--)?lora\.preset(=|$)", word) for word in argv)
-        for word in _without_backbone(_split_flags(argv), backbone):
+        for word in _without_backbone(_without_launcher(_split_flags(argv)), backbone):
             after_config = words[-1:] == ["--config"]
             if word.startswith("--"):
                 options = word == "--options"
@@ -91,11 +94,30 @@ def _split_flags(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def find(name: str) -> Path:
-    """A file of settings: here, or one that came with the package (`configs/...`)."""
-    path = Path(name)
-    own = PACKAGE / name
-    return own if not path.exists() and not path.is_absolute() and own.is_file() else path
+def _without_launcher(argv: Sequence[str]) -> list[str]:
+    """The words without flags of the official launcher, which start one process as we do.
+
+    Raises:
+        ConfigError: they ask for more than one process or machine.
+    """
+    words: list[str] = []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        flag, equals, text = word.partition("=")
+        flag = flag.replace("_", "-")
+        if flag == "--multi-node":
+            raise ConfigError(f"{word}: start every machine with torchrun --nnodes")
+        if flag not in LAUNCHER:
+            words.append(word)
+            continue
+        text = text if equals else (rest.pop(0) if rest else "")
+        if text != LAUNCHER[flag]:
+            raise ConfigError(
+                f"{flag} {text}: several processes are started by torchrun --nproc_per_node "
+                f"{text if flag == '--num-gpus' else 'N'} tools/train_lora.py ..., without {flag}"
+            )
+    return words
 
 
 # -- files ---------------------------------------------------------------------------------------

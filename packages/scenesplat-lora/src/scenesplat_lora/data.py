@@ -11,22 +11,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
-from lora_core.errors import DataError, listing
+from lora_core.errors import ConfigError, DataError
 from lora_core.pictures.survey import digest_of, file_length, left_out
 from lora_core.report import plural, table
 from lora_core.training.loading import EpochDataset, retried
-from lora_core.validate import REPORT, Bad, Share, read_and_settle, samples, stop_or_skip, validate
+from lora_core.validate import Bad, Share, read_and_settle, samples
 from scenesplat_lora import collate as batches
 from scenesplat_lora.config import Config
-from scenesplat_lora.scene_facts import scene_facts
-from scenesplat_lora.scene_files import list_scenes, read_scene
+from scenesplat_lora.manifests import manifest_notes
+from scenesplat_lora.scene_files import read_scene
 from scenesplat_lora.scene_values import LAYOUTS
+from scenesplat_lora.survey import Expected, Facts, SceneRecord, records_of, remarks, settled
 from scenesplat_lora.transforms.pipeline import (
     LANGUAGE_KEYS,
     Transform,
@@ -35,9 +36,9 @@ from scenesplat_lora.transforms.pipeline import (
     validation_transforms,
 )
 from scenesplat_lora.transforms.tensors import GAUSSIAN_FEATURES
+from scenesplat_lora.transforms.trial import try_out
 
 DRAWS = 5  # of a sample until one has a row to learn from
-Facts = dict[tuple[str, str], Mapping[str, Any]]  # by split and scene
 
 
 @dataclass(frozen=True)
@@ -70,91 +71,143 @@ class Needs:
             )
         return known[self.channels]
 
-    def wanted(self, split: str) -> tuple[str, ...]:
-        """Files that a scene of a split must have besides its Gaussians."""
-        normal = ("normal",) if self.channels == 14 else ()
+    def wanted(self, split: str, normals: bool = False) -> tuple[str, ...]:
+        """Files that a scene of a split must have besides its Gaussians.
+
+        Args:
+            normals: whether transforms ask for normals that the network does not need.
+        """
+        normal = ("normal",) if normals or self.channels == 14 else ()
         if split == "val" and (self.classes is not None or not self.language):
             return ("segment", *normal)
         return ("lang_feat" if self.language else "segment", *normal)
-
-
-@dataclass(frozen=True)
-class SceneRecord:
-    """A scene on disk: `key` is its folder below the data root."""
-
-    folder: Path
-    key: str
-
-    def files(self) -> list[Path]:
-        """Its arrays."""
-        return sorted(self.folder.glob("*.npy"))
 
 
 # -- the sets --------------------------------------------------------------------------------------
 
 
 class TrainSet(EpochDataset[SceneRecord, dict[str, Any]]):
-    """Scenes as training samples, augmented anew in every epoch."""
+    """Scenes as training samples, augmented anew in every epoch.
+
+    A sample in which nothing can be learned, as where a crop has no row with a feature, is drawn
+    again from the same generator, up to `DRAWS` times.
+    """
 
     def __init__(self, records: Sequence[SceneRecord], cfg: Config, needs: Needs) -> None:
         super().__init__(
             [record for record in records for _ in range(cfg.data.train.loop)], cfg.seed
         )
         self.cfg, self.needs = cfg, needs
-        self.steps = transform(cfg, needs, "train")
+        self.steps, self.wanted = transform(cfg, needs, "train"), wanted_of(cfg, needs, "train")
+        # By index: draws that were thrown away, and samples without anything to learn all the same.
+        # Shared memory: workers count for the process that they load for.
+        self.counts = torch.zeros(2, len(self.records), dtype=torch.int64).share_memory_()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        sample, thrown, empty = self.drawn(index)
+        self.counts[:, index] += torch.tensor([thrown, empty])
+        return sample
+
+    def drawn(self, index: int) -> tuple[dict[str, Any], int, bool]:
+        """A sample, the draws before it, and whether there is nothing to learn in it."""
         record, rng = self.records[index], self.rng(index)
-        layout, wanted = LAYOUTS[self.cfg.data.layout], self.needs.wanted("train")
-        scene = retried(lambda: read_scene(record.folder, layout, wanted)) | {"name": record.key}
-        for _ in range(DRAWS):
-            sample = self.steps(scene, rng)
-            if learnable(sample, self.needs):
-                break
+        layout = LAYOUTS[self.cfg.data.layout]
+        scene = retried(lambda: read_scene(record.folder, layout, self.wanted))
+        scene["name"] = record.key
+        sample, thrown = self.steps(scene, rng), 0
+        while not learnable(sample, self.needs) and thrown < DRAWS - 1:
+            sample, thrown = self.steps(scene, rng), thrown + 1
         progress = min(int(self._epoch) / self.cfg.epoch, 1.0)
-        return sample | {"mix": float(rng.random()), "progress": progress}
+        done = sample | {"mix": float(rng.random()), "progress": progress}
+        return done, thrown, not learnable(sample, self.needs)
+
+    def remarks(self) -> list[str]:
+        """What happened to samples since the beginning, if anything did."""
+        thrown, empty = self.counts.sum(dim=1).tolist()
+        lines = []
+        if thrown:
+            lines.append(
+                f"{plural(thrown, 'sample')} drawn again: no row was left to learn from, as where "
+                "a crop has none with a feature or label"
+            )
+        if empty:
+            lines.append(f"{plural(empty, 'sample')} had no such row in {DRAWS} draws: no update")
+        return lines
 
 
 class ValSet:
-    """Scenes in the order of their names, read when they are asked for, always the same."""
+    """Scenes in the order of their names, read when they are asked for, always the same.
+
+    Where labels are what counts, those that have language features are given with them.
+    """
 
     def __init__(self, records: Sequence[SceneRecord], cfg: Config, needs: Needs) -> None:
         self.records, self.cfg, self.needs = list(records), cfg, needs
-        self.steps = transform(cfg, needs, "val")
+        kinds = (needs, replace(needs, classes=None))  # without language features, and with them
+        self.ways = [(transform(cfg, kind, "val"), wanted_of(cfg, kind, "val")) for kind in kinds]
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        layout, wanted = LAYOUTS[self.cfg.data.layout], self.needs.wanted("val")
+        layout = LAYOUTS[self.cfg.data.layout]
         for number, record in enumerate(self.records):
+            steps, wanted = self.ways[(record.folder / "lang_feat.npy").exists()]
             scene = retried(lambda: read_scene(record.folder, layout, wanted))  # noqa: B023 - now
-            sample = self.steps(scene | {"name": record.key}, np.random.default_rng(number))
+            sample = steps(scene | {"name": record.key}, np.random.default_rng(number))
             yield collate([sample | {"mix": 1.0, "progress": 1.0}])
 
 
-def transform(cfg: Config, needs: Needs, split: str) -> Transform:
-    """The transforms of a split, its own or the official ones.
-
-    Raises:
-        ConfigError: an unknown transform or argument.
-    """
+def specs_of(cfg: Config, needs: Needs, split: str) -> list[dict[str, Any]]:
+    """The transforms of a split as files write them, its own or the official ones."""
     data = cfg.data
     own = data.train.transform if split == "train" else data.val.transform
     if own:
-        return compose(own, f"data.{split}.transform")
+        return own
     learned = ("lang_feat", "valid_feat_mask")
     features = "lang_feat" in needs.wanted(split)
     keys = [key for key in LANGUAGE_KEYS if features or key not in learned]
     specs = (
-        training_transforms(keys, data.grid_size, data.point_max)
+        training_transforms(keys, data.voxels, data.point_max)
         if split == "train"
-        else validation_transforms(keys, data.grid_size)
+        else validation_transforms(keys, data.voxels)
     )
     if split == "val":  # nothing is asked of a labelled cloud here
         specs = [spec for spec in specs if spec["type"] != "LabelledCloudSample"]
     specs[-1] = specs[-1] | {"feat_keys": needs.feat_keys}
-    return compose(specs)
+    return specs
+
+
+def wanted_of(cfg: Config, needs: Needs, split: str) -> tuple[str, ...]:
+    """Files that a scene of a split must have besides its Gaussians."""
+    specs = specs_of(cfg, needs, split)
+    asked = [spec.get(name, ()) for spec in specs for name in ("keys", "feat_keys", "keys_dict")]
+    return needs.wanted(split, any("normal" in names for names in asked))
+
+
+def transform(cfg: Config, needs: Needs, split: str) -> Transform:
+    """The transforms of a split, tried on a made scene.
+
+    Raises:
+        ConfigError: an unknown transform or argument, one that cannot work, or a list whose end is
+            not what the network is trained with.
+    """
+    specs, place = specs_of(cfg, needs, split), f"data.{split}.transform"
+    steps, wanted = compose(specs, place), wanted_of(cfg, needs, split)
+    sample = try_out(specs, place, wanted)
+    ends = ("feat", "grid_coord", "offset", *(n for n in wanted if n in ("segment", "lang_feat")))
+    missing = [name for name in ends if name not in sample]
+    if missing:
+        raise ConfigError(
+            f"{place}: samples have no {', '.join(missing)}: end with ToTensor and a Collect with "
+            f"keys={[*LANGUAGE_KEYS]} and feat_keys={needs.feat_keys}"
+        )
+    if sample["feat"].shape[1] != needs.channels:
+        raise ConfigError(
+            f"{place}: feat_keys of Collect give {sample['feat'].shape[1]} channels, the network "
+            f"takes {needs.channels}: feat_keys={needs.feat_keys}"
+        )
+    return steps
 
 
 def learnable(sample: Mapping[str, Any], needs: Needs) -> bool:
@@ -222,7 +275,7 @@ def load(cfg: Config, needs: Needs, share: Share = lambda make: make()) -> Split
         DataError: no scenes, or faults in them: all of them together.
     """
     parts, (facts, bad) = read_and_settle(
-        lambda: records_of(cfg), lambda found: _settled(found, cfg, needs), share
+        lambda: records_of(cfg), lambda found: settled(found, cfg, expected(cfg, needs)), share
     )
     gone = samples(bad)
     good = {
@@ -245,10 +298,7 @@ def load(cfg: Config, needs: Needs, share: Share = lambda make: make()) -> Split
             f"{cfg.data.val_root}: no row of val has a label, so that no mIoU can be measured: add "
             "labels, or train without --data.text_embeddings"
         )
-    notes = [
-        *(f"{key}: {note}" for (_, key), one in facts.items() for note in one["notes"]),
-        *left_out(bad),
-    ][:20]
+    notes = [*remarks(facts), *manifest_notes(cfg), *left_out(bad)]
     if idle := len(good["train"]) - len(chosen):
         notes.append(f"{plural(idle, 'scene')} of train with nothing to learn from are left out")
     val = ValSet(good["val"], cfg, needs) if good.get("val") else None
@@ -257,61 +307,16 @@ def load(cfg: Config, needs: Needs, share: Share = lambda make: make()) -> Split
     return Splits(TrainSet(chosen, cfg, needs), val, facts, tuple(notes), tuple(bad))
 
 
-def records_of(cfg: Config) -> dict[str, list[SceneRecord]]:
-    """The scenes of train, and of val unless it names no folders.
-
-    Raises:
-        DataError: folders that are missing or empty; all of them together.
-    """
-    data = cfg.data
-    places = {"train": (data.train.data_root, data.train.split, data.train.filtered_scene)}
-    if data.val.split:
-        places["val"] = (data.val_root, data.val.split, data.val.filtered_scene)
-    found, problems = {}, []
-    for name, (root, split, filtered) in places.items():
-        try:
-            folders = list_scenes(root, split, filtered)
-        except DataError as error:
-            problems.append(f"--data.{name}: {error}")
-            continue
-        found[name] = [SceneRecord(f, f.relative_to(root).as_posix()) for f in folders]
-    if problems:
-        raise DataError(listing(problems))
-    return found
-
-
-def _settled(
-    parts: Mapping[str, Sequence[SceneRecord]], cfg: Config, needs: Needs
-) -> tuple[Facts, list[Bad]]:
-    """Facts of the good scenes, and the bad ones, if they may be left out."""
-    layout, root = LAYOUTS[cfg.data.layout], Path(cfg.data.train.data_root)
-    facts: Facts = {}
-    bad: list[Bad] = []
-    for split, records in parts.items():
-        wanted = needs.wanted(split)
-        width = needs.width if "lang_feat" in wanted else None
-
-        def look(record: SceneRecord) -> dict[str, Any]:
-            return scene_facts(record.folder, layout, wanted, needs.classes, width)  # noqa: B023
-
-        outcomes = validate(
-            records,
-            look,
-            kind=f"scenesplat scene 1 {cfg.data.layout} {wanted} {needs.classes} {width}",
-            root=root if split == "train" else Path(cfg.data.val_root),
-            files=SceneRecord.files,
-            name=lambda record: str(record.folder),
-            what="scenes",
+def expected(cfg: Config, needs: Needs) -> dict[str, Expected]:
+    """What the scenes of each split must be."""
+    found = {}
+    for split in ("train", "val"):
+        wanted = wanted_of(cfg, needs, split)
+        also = ("lang_feat",) if needs.language else ()
+        found[split] = Expected(
+            wanted, needs.classes, needs.width, specs_of(cfg, needs, split), also
         )
-        for record, outcome in zip(records, outcomes, strict=True):
-            if outcome.problem:
-                bad.append(Bad(split, record.key, outcome.problem))
-            else:
-                facts[split, record.key] = outcome.value
-    good = {split: sum(name == split for name, _ in facts) for split in parts}
-    report = None if cfg.dry_run else Path(cfg.save_path) / REPORT
-    stop_or_skip(bad, good, cfg.on_bad_sample, cfg.max_bad_fraction, root, report)
-    return facts, bad
+    return found
 
 
 def fingerprint(splits: Splits) -> str:
@@ -348,4 +353,4 @@ def largest_batch(splits: Splits, count: int) -> dict[str, Any]:
     order = sorted(
         range(len(train)), key=lambda i: -splits.facts["train", train.records[i].key]["rows"]
     )
-    return collate([train[order[k % len(order)]] for k in range(count)])
+    return collate([train.drawn(order[k % len(order)])[0] for k in range(count)])

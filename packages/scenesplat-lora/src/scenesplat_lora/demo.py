@@ -1,11 +1,12 @@
-"""A generated data set in the official layout: rooms that were captured by night.
+"""The embedded default: a tiny pretrained SceneSplat, and rooms by night that it does badly on.
 
-The rooms are generated: `demo_base.rooms` says how. Everything is a function of its arguments: the
-same call writes the same files.
+The rooms are generated, in the official layout of scenes: `demo_base.rooms` says how. Everything
+is a function of its arguments: the same call writes the same files.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,12 +24,13 @@ from scenesplat_lora.text_embeddings import (
 SEED = 8  # of the data set; the base is trained and measured on others
 SPLITS = {"train": 24, "val": 6, "test": 20}  # rooms of each split, by the name of its folder
 TEXTS = "text_embeddings.npz"
+BASE = "scenesplat_demo.safetensors"
 
 
 def write(
     folder: str | Path, splits: Mapping[str, int] = SPLITS, style: rooms.Style = rooms.NIGHT
 ) -> Path:
-    """Write `<split>/<room>/*.npy` of every split and the classes' text embeddings.
+    """Write `<split>/<room>/*.npy` of every split, the classes' text embeddings, the tiny base.
 
     Args:
         folder: made if it does not exist.
@@ -46,12 +48,13 @@ def write(
         for number in range(count):
             write_scene(folder / split / f"{split}_{number:03}", room_of(split, number, style))
     write_text_embeddings(folder / TEXTS, texts())
+    shutil.copyfile(base_checkpoint(), folder / BASE)
     return folder
 
 
 def base_checkpoint() -> Path:
-    """The packaged tiny SceneSplat; the fields of its `PTv3Config` lie beside it as JSON."""
-    return Path(__file__).parent / "demo_base" / "scenesplat_demo.safetensors"
+    """The packaged tiny SceneSplat, which describes its own network."""
+    return Path(__file__).parent / "demo_base" / BASE
 
 
 def room_of(split: str, number: int, style: rooms.Style = rooms.NIGHT) -> Scene:

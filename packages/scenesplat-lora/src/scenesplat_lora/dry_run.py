@@ -1,45 +1,44 @@
-"""`scenesplat-lora train --dry_run`: what can be known before the weights are read."""
+"""`scenesplat-lora train --dry_run`: everything that can be known before the weights are read."""
 
 from __future__ import annotations
 
-import torch
-
-from lora_core.disk import disk_table
-from lora_core.memory import ADAM_MOMENTS, adapter_bytes, size
+from lora_core import dry_run
 from lora_core.report import say
 from scenesplat_lora import data, memory, model, objective, validation
 from scenesplat_lora.config import Config
 
 
 def run(cfg: Config) -> int:
-    """Check the data, and print what would be trained and what is known of what it takes.
+    """Check the data, and print what would be trained and what it would take.
 
-    Which voxels are neighbours depends on the scenes, so the memory of a step is not estimated: a
-    run on a GPU tries its largest batch before it begins.
+    No device is asked for: a dry run may happen where there is no GPU. Of the checkpoint only names
+    and shapes are read. The neighbours and patches of the largest batch are found as in a run.
 
     Raises:
         DataError: faults in the data.
-        CheckpointError: a base that cannot be used, as far as its header tells.
+        CheckpointError: a base or adapter that cannot be used, as far as its header tells.
     """
-    net, text = model.skeleton(cfg), validation.texts(cfg)
-    needs = objective.needs_of(net, text)
+    net = model.skeleton(cfg)
+    needs = objective.needs_of(net, validation.texts(cfg))
     splits = data.load(cfg, needs)
     say(f"{splits}\n")
-    net.to_empty(device="cpu")  # no values: only layers and sizes are looked at
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.zero_()
     model.adapted(net, cfg)
-    trained = adapter_bytes(net)
-    whole = sum(p.numel() * p.element_size() for p in net.parameters())
-    largest = memory.describe(data.largest_batch(splits, cfg.batch_size))
-    moments = size((1 + ADAM_MOMENTS) * trained)
-    say(
-        f"\nmemory of the network {size(whole)}, of gradients and AdamW's moments {moments}; "
-        "activations come on top"
+    batch = data.largest_batch(splits, cfg.batch_size)
+    say(f"\nlargest batch, in this epoch: {memory.describe(batch)}")
+    dry_run.report(
+        net,
+        objective.loss_of(cfg, needs),
+        batch,
+        precisions(cfg),
+        memory.disk_use(net, cfg, data.updates_per_epoch(cfg, splits), splits.val is not None),
+        cfg.save_path,
     )
-    say(f"largest batch, in this epoch: {largest}")
-    files = memory.disk_use(net, cfg, data.updates_per_epoch(cfg, splits), splits.val is not None)
-    say(f"\n{disk_table(files, cfg.save_path)}")
-    say("\ndry run: settings and data are fine. No weights were read, no results written")
     return 0
+
+
+def precisions(cfg: Config) -> list[str]:
+    """The precisions that a run may train in, found without asking a GPU."""
+    if not cfg.enable_amp or cfg.device == "cpu":
+        return ["fp32"]
+    mixed = {"float16": "fp16", "bfloat16": "bf16", "auto": "bf16"}[cfg.amp_dtype]
+    return [mixed] if cfg.device == "cuda" else [mixed, "fp32"]

@@ -1,4 +1,4 @@
-"""`scenesplat-lora evaluate`: zero-shot mIoU and mAcc of a base model, and of LoRA on it.
+"""`scenesplat-lora evaluate`: mIoU and mAcc of a base model, and of LoRA on it.
 
 Prints both published definitions with the base beside the adapter, and writes `evaluation.json`
 with the scores of every class.
@@ -13,19 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_core.config import option, parse
-from lora_core.errors import ConfigError, one_line
+from lora_core.errors import ConfigError, DataError, listing, one_line
 from lora_core.preflight import writable
-from scenesplat_lora.model_options import ModelOptions
+from scenesplat_lora.model_options import Classes, ModelOptions
 
 if TYPE_CHECKING:
     from torch import nn
 
     from scenesplat_lora.metrics import Confusion
     from scenesplat_lora.scene_values import Layout
-    from scenesplat_lora.text_embeddings import TextEmbeddings
 
 RESULTS = "evaluation.json"
-TEXT = "Score zero-shot semantic segmentation of labelled scenes."
+TEXT = "Score semantic segmentation, zero-shot or of a trained head, of labelled scenes."
 BACKGROUND = ("wall", "floor", "ceiling")
 
 
@@ -59,7 +58,7 @@ class Options(ModelOptions):
         """Names of what is scored; LoRA first, since taking it off gives the base."""
         if not self.adapter:
             return ["model"]
-        return ["LoRA", "base"] if self.compare_base else ["LoRA"]
+        return ["LoRA", "base"] if self.compare_base and self.base_compares else ["LoRA"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,21 +68,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: anything that the user can put right.
     """
     options = parse(Options, argv or [], prog="scenesplat-lora evaluate", description=TEXT)
-    text, scenes = ready(options)
+    classes, scenes = ready(options)
 
     from lora_core.report import say
     from lora_core.tensor_file import write_json
     from scenesplat_lora.lora import remove_lora
 
-    excluded = options.excluded or [name for name in BACKGROUND if name in text.names]
+    excluded = options.excluded or [name for name in BACKGROUND if name in classes.names]
     model = options.load()
     tables: dict[str, Confusion] = {}
     for name in options.models:
         if name == "base":
             remove_lora(model)
-        tables[name] = score(model, name, scenes, text, options)
+        tables[name] = score(model, name, scenes, classes, options)
     tables = {name: tables[name] for name in sorted(tables, reverse=True)}  # base first
     say(report(tables, excluded))
+    if options.adapter and not options.base_compares:
+        say("\nthe base has no such classes: it is not scored")
     file = Path(options.output) / RESULTS
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, content(tables, excluded, scenes, options))
@@ -94,8 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 # -- before any weight is read ---------------------------------------------------------------------
 
 
-def ready(options: Options) -> tuple[TextEmbeddings, list[Path]]:
-    """The texts and the scenes; refuses what can be known before the weights are read.
+def ready(options: Options) -> tuple[Classes, list[Path]]:
+    """The classes and the scenes; refuses what can be known before the weights are read.
 
     Raises:
         ConfigError: folders, classes or a device that cannot work, or an evaluation that is there.
@@ -109,13 +110,12 @@ def ready(options: Options) -> tuple[TextEmbeddings, list[Path]]:
         lambda: writable(options.output, "--output"),
         lambda: refuse_results(options),
         options.check_device,
-        options.glance,
-        lambda: check_classes(options),
+        lambda: check_model(options),
     )
-    text = options.texts()
+    classes = options.classes()
     scenes = list_scenes(options.data_root, options.split)
-    check_scenes(scenes, text, options)
-    return text, scenes
+    check_scenes(scenes, classes, options)
+    return classes, scenes
 
 
 def refuse_results(options: Options) -> None:
@@ -132,43 +132,65 @@ def refuse_results(options: Options) -> None:
         )
 
 
-def check_classes(options: Options) -> None:
-    """Refuse --excluded that are no classes.
+def check_model(options: Options) -> None:
+    """Look at the model and its classes, and refuse --excluded that are none of them.
 
     Raises:
-        ConfigError: with the nearest name.
+        ConfigError: with the nearest name. CheckpointError, DataError: see `glance`.
     """
     from scenesplat_lora.metrics import Confusion
 
-    Confusion(options.texts().names).foreground(options.excluded)
+    options.glance()
+    Confusion(options.classes().names).foreground(options.excluded)
 
 
-def check_scenes(scenes: Sequence[Path], text: TextEmbeddings, options: Options) -> None:
+def check_scenes(scenes: Sequence[Path], classes: Classes, options: Options) -> None:
     """Read every scene wholly.
 
     Raises:
         DataError: what is wrong, of all scenes together.
     """
-    from lora_core.validate import Bad, stop_or_skip, validate
+    from lora_core.report import say
+    from lora_core.validate import validate
     from scenesplat_lora.scene_values import LAYOUTS
+    from scenesplat_lora.survey import array_files, limits, remarks
 
-    layout, classes = LAYOUTS[options.layout], len(text.names)
+    layout, count = LAYOUTS[options.layout], len(classes.names)
+    specs = [{"type": "GridSample", "grid_size": options.voxels()}]
+    chosen: dict[str, Any] = {
+        "points": options.points,
+        "classes": count,
+        "also": options.wanted,
+        "specs": specs,
+    }
     outcomes = validate(
         scenes,
-        partial(_look, layout=layout, points=options.points, classes=classes),
-        kind=f"scenesplat evaluate 1 {options.layout} {options.points} {classes}",
+        partial(_look, layout=layout, **chosen),
+        kind=f"scenesplat evaluate 2 {options.layout} {chosen}",
         root=Path(options.data_root),
-        files=lambda folder: sorted(folder.glob("*.npy")),
+        files=array_files,
         what="scenes",
+        limits=limits(scenes),
     )
-    bad = [Bad("", str(s), o.problem) for s, o in zip(scenes, outcomes, strict=True) if o.problem]
-    stop_or_skip(bad, {}, "stop", 0.0, Path(options.data_root), None)
+    if problems := [line for o in outcomes for line in o.problem.splitlines()]:
+        raise DataError(listing([*problems, "mend or remove these scenes"]))
+    if not any(outcome.value["labelled"] for outcome in outcomes):
+        raise DataError(f"{options.data_root}: no point has a label, so that nothing can be scored")
+    for note in remarks({("", s.name): o.value for s, o in zip(scenes, outcomes, strict=True)}):
+        say(f"note: {note}")
 
 
-def _look(folder: Path, layout: Layout, points: str, classes: int) -> dict[str, Any]:
+def _look(
+    folder: Path,
+    layout: Layout,
+    points: str,
+    classes: int,
+    also: tuple[str, ...],
+    specs: list[dict[str, Any]],
+) -> dict[str, Any]:
     from scenesplat_lora.scene_facts import scene_facts
 
-    return scene_facts(folder, layout, wanted(folder, points), classes)
+    return scene_facts(folder, layout, (*wanted(folder, points), *also), classes, specs=specs)
 
 
 def wanted(folder: Path, points: str) -> tuple[str, ...]:
@@ -181,23 +203,23 @@ def wanted(folder: Path, points: str) -> tuple[str, ...]:
 
 
 def score(
-    model: nn.Module, name: str, scenes: Sequence[Path], text: TextEmbeddings, options: Options
+    model: nn.Module, name: str, scenes: Sequence[Path], classes: Classes, options: Options
 ) -> Confusion:
     """Label every scene and count true against predicted classes."""
     from lora_core.report import Progress
     from scenesplat_lora.metrics import Confusion
 
-    table = Confusion(text.names)
+    table = Confusion(classes.names)
     with Progress(len(scenes)) as progress:
         progress.figures = {"scoring": name}
         for number, folder in enumerate(scenes, start=1):
-            table.add(*truth_and_prediction(model, folder, text, options))
+            table.add(*truth_and_prediction(model, folder, classes, options))
             progress.update(number)
     return table
 
 
 def truth_and_prediction(
-    model: nn.Module, folder: Path, text: TextEmbeddings, options: Options
+    model: nn.Module, folder: Path, classes: Classes, options: Options
 ) -> tuple[Any, Any]:
     """True and predicted classes of a scene's labelled points, both integers [P]; -1: none."""
     from scenesplat_lora.labelling import label_scene
@@ -206,9 +228,10 @@ def truth_and_prediction(
     from scenesplat_lora.zero_shot import instance_vote, vote
 
     needed = wanted(folder, options.points)
-    scene = read_scene(folder, LAYOUTS[options.layout], needed)
-    labels = label_scene(model, scene, text, options.labelling())
+    scene = read_scene(folder, LAYOUTS[options.layout], (*needed, *options.wanted))
+    labels = label_scene(model, scene, classes.text, options.labelling())
     valid = scene.get("valid_feat_mask")
+    valid = None if valid is None or not valid.any() else valid  # else nobody could vote
     if "pc" in needed:
         points, k = scene["pc_coord"], max(options.vote_k, 1)  # one: that of the nearest
         return scene["pc_segment"], vote(labels, scene["coord"], points, valid, k)

@@ -123,15 +123,23 @@ def check_extent(voxels: Voxels, size: float, name: str) -> None:
     Raises:
         DataError: more than 2^16 cells along an axis, with the smallest size that fits.
     """
-    cells = int(voxels.grid.max()) + 1
-    if cells > MOST_CELLS:
-        least = size * cells / (MOST_CELLS - 1)
-        step = 10.0 ** (math.floor(math.log10(least)) - 2)
-        least = math.ceil(least / step) * step  # three digits, none of them too low
-        raise DataError(
-            f"{name}: {cells} cells of {size} m along one axis, at most {MOST_CELLS} are possible: "
-            f"cut the scene into chunks, remove far outliers, or take grid_size >= {least:.3g}"
-        )
+    problem = too_many_cells(int(voxels.grid.max()) + 1, size)
+    if problem:
+        raise DataError(f"{name}: {problem}")
+
+
+def too_many_cells(cells: int, size: float) -> str:
+    """What is wrong with so many cells of `size` metres along an axis, and what fits; or ""."""
+    if cells <= MOST_CELLS:
+        return ""
+    least = size * cells / (MOST_CELLS - 1)
+    step = 10.0 ** (math.floor(math.log10(least)) - 2)
+    least = math.ceil(least / step) * step  # three digits, none of them too low
+    return (
+        f"{cells} cells of {size:g} m along one axis, at most {MOST_CELLS} are possible: cut the "
+        "scene into chunks, remove far outliers (are its coordinates metres?), or take "
+        f"grid_size >= {least:.3g}"
+    )
 
 
 def grid_sample(

@@ -7,18 +7,23 @@ one that stands for its cell.
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
+from lora_core.errors import NumericError, one_line
 from lora_core.training.inference import autocast, evaluating
+from lora_core.weights import without_autocast
 from scenesplat_lora.point_batch import PointBatch
-from scenesplat_lora.scene import GAUSSIAN, Scene
+from scenesplat_lora.scene import Scene
 from scenesplat_lora.text_embeddings import TextEmbeddings
 from scenesplat_lora.transforms import compose, evaluation_fragments, evaluation_transforms
+from scenesplat_lora.transforms.tensors import GAUSSIAN_FEATURES
 from scenesplat_lora.zero_shot import FragmentSum, probabilities
 
 
@@ -32,6 +37,7 @@ class Labelling:
         threshold: labels with a lower sigmoid(p . t) are rejected.
         precision: "fp32", "bf16", "fp16" or "auto".
         seed: of the draws, together with the scene's name.
+        normals: the network takes them too (14 channels).
     """
 
     first_grid: float = 0.01
@@ -39,32 +45,65 @@ class Labelling:
     threshold: float = 0.1
     precision: str = "fp32"
     seed: int = 0
+    normals: bool = False
 
 
 def label_scene(
-    model: nn.Module, scene: Scene, text: TextEmbeddings, how: Labelling | None = None
+    model: nn.Module, scene: Scene, text: TextEmbeddings | None, how: Labelling | None = None
 ) -> NDArray[np.int64]:
     """The class of every Gaussian, [N]; -1: rejected.
 
     Args:
         model: gives features [V, D] of a `PointBatch`, such as `LangPretrainer`.
         scene: at least its Gaussians, as `read_scene` gives them.
+        text: of the classes; None: of a segmentation model, whose softmax over its logits is
+            summed over fragments, and no label is rejected.
 
     Raises:
         DataError: features of another width than the texts, or a scene too large for its voxels.
+        NumericError: the model gives NaN or infinity, in float32 too.
     """
     how = how or Labelling()
     name = str(scene.get("name", ""))
     rng = np.random.default_rng([how.seed, zlib.crc32(name.encode("utf-8", "surrogateescape"))])
     device = next(model.parameters()).device
-    gaussians: Scene = {"name": name} | {key: scene[key] for key in GAUSSIAN}
+    columns = (*GAUSSIAN_FEATURES, "normal") if how.normals else GAUSSIAN_FEATURES
+    gaussians: Scene = {"name": name} | {key: scene[key] for key in ("coord", *columns)}
     thinned = compose(evaluation_transforms(how.first_grid, copied=()))(gaussians, rng)
-    total = FragmentSum(len(thinned["coord"]), len(text.features), device)
+    total: FragmentSum | None = None
     with evaluating(model), autocast(device, how.precision):
-        for fragment in evaluation_fragments(thinned, rng, how.grid_size):
+        for fragment in evaluation_fragments(thinned, rng, how.grid_size, feat_keys=columns):
             batch = PointBatch.from_mapping(fragment).to(device)
-            total.add(fragment["index"].to(device), probabilities(model(batch), text))
-    labels = total.label(text.classes, how.threshold).cpu().numpy()
+            out = _finite(model, batch, name)
+            prob = out.float().softmax(dim=1) if text is None else probabilities(out, text)
+            total = total or FragmentSum(len(thinned["coord"]), prob.shape[1], device)
+            total.add(fragment["index"].to(device), prob)
+    assert total is not None  # every scene has a fragment
+    classes = range(total.total.shape[1]) if text is None else text.classes
+    threshold = how.threshold if text is not None else 0.0
+    labels = total.label(classes, threshold).cpu().numpy()
     inverse: NDArray[np.int64] = thinned["inverse"]
     result: NDArray[np.int64] = labels[inverse]
     return result
+
+
+def _finite(model: nn.Module, batch: PointBatch, name: str) -> Tensor:
+    """The model's features; in float32 where mixed precision gives NaN, as float16 attention may.
+
+    Rows with NaN would be rejected silently: no probability reaches any threshold.
+    """
+    feat: Tensor = model(batch)
+    if feat.isfinite().all():
+        return feat
+    device = batch.feat.device
+    if torch.is_autocast_enabled(device.type):
+        warnings.warn("mixed precision gave NaN: such parts are labelled in float32", stacklevel=2)
+        with without_autocast(device):
+            feat = model(batch)
+    wrong = int((~feat.isfinite()).any(dim=1).sum())
+    if wrong:
+        raise NumericError(
+            f"{one_line(name)}: the model gives NaN or infinity for {wrong} of {len(feat)} voxels "
+            "in float32: are base and adapter of one training, and finite?"
+        )
+    return feat

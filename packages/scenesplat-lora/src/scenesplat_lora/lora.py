@@ -12,25 +12,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from lora_core import full_training, injection, merging
-from lora_core.config import LoraConfig
-from lora_core.errors import ConfigError, near
-from lora_core.module_names import only, unwrapped
+from lora_core import injection, merging
+from lora_core.config import Bias, LoraConfig
+from lora_core.errors import ConfigError
+from lora_core.module_names import join, only, unwrapped
 from lora_core.report import say
 from scenesplat_lora import prompt_mlp
 from scenesplat_lora.adapter_file import ADAPTER
 from scenesplat_lora.adapter_file import load_lora_checkpoint as load_lora_checkpoint
 from scenesplat_lora.adapter_file import save_lora_checkpoint as save_lora_checkpoint
 from scenesplat_lora.frozen_norms import freeze_statistics, unfreeze_statistics
+from scenesplat_lora.models import HEAD, segmentor_in
 from scenesplat_lora.names import Layer, adapted_part, chosen_layers, with_lora
 from scenesplat_lora.presets import PROMPT_WIDTH, LoraChoice, parts_of, preset_choice
 
 Model = TypeVar("Model", bound=nn.Module)
-Bias = Literal["none", "all", "lora_only"]
 
 # -- putting it on ---------------------------------------------------------------------------------
 
@@ -47,6 +47,7 @@ def inject_lora_to_ptv3(
     lora_dropout: float = 0.0,
     prompt_width: int | None = PROMPT_WIDTH,
     seed: int = 0,
+    train_head: bool | None = None,
 ) -> Model:
     """Put LoRA on a backbone, or on any model that contains one, in place; the base is frozen.
 
@@ -62,6 +63,8 @@ def inject_lora_to_ptv3(
         lora_dropout: share of the adapters' input that is dropped in training.
         prompt_width: largest hidden width of a prompt MLP; None: a quarter of its input.
         seed: of the initial values, together with each layer's name.
+        train_head: train `seg_head` of a segmentation model in full, and keep it in the adapter;
+            None: where it is new, see `load_official(..., num_classes=...)`.
 
     Returns:
         The model that was given.
@@ -81,7 +84,7 @@ def inject_lora_to_ptv3(
         prompt_width=prompt_width,
         seed=seed,
     )
-    return inject_choice(model, choice)
+    return inject_choice(model, choice, train_head)
 
 
 def inject_lora_to_stage(
@@ -111,7 +114,7 @@ def inject_lora_with_preset(model: Model, preset: str = "standard", **overrides:
     return inject_choice(model, preset_choice(preset, **overrides))
 
 
-def inject_choice(model: Model, choice: LoraChoice) -> Model:
+def inject_choice(model: Model, choice: LoraChoice, train_head: bool | None = None) -> Model:
     """Put LoRA on the layers of a choice; see `inject_lora_to_ptv3`."""
     root = unwrapped(model)
     if adapted_part(root) is not None:
@@ -126,17 +129,35 @@ def inject_choice(model: Model, choice: LoraChoice) -> Model:
         lora_alpha=choice.lora_alpha,
         lora_dropout=choice.lora_dropout,
         seed=choice.seed,
+        modules_to_save=_trained_head(root, train_head),
     )
     try:
         if choice.enable_prompt:
             paths = prompt_mlp.attach(root, _prompt_widths(root, layers, choice), choice.seed)
-            config = replace(config, modules_to_save=prompt_mlp.modules_to_save(paths))
+            prompts = prompt_mlp.modules_to_save(paths)
+            config = replace(config, modules_to_save=[*config.modules_to_save, *prompts])
         injection.inject(root, config, ADAPTER)
     except BaseException:  # out of memory, Ctrl-C: no half-adapted model
         prompt_mlp.detach(root)
         raise
     freeze_statistics(root)
     return model
+
+
+def _trained_head(model: nn.Module, train_head: bool | None) -> list[str]:
+    """Entry of `LoraConfig.modules_to_save` for the head that trains with LoRA.
+
+    Raises:
+        ConfigError: `train_head` of a model without one.
+    """
+    found = segmentor_in(model)
+    if found is None and train_head:
+        raise ConfigError(
+            "train_head: the model has no seg_head; load_official(path, num_classes=...) makes one"
+        )
+    if found is None or train_head is False or not (train_head or found[1].new_head):
+        return []
+    return [join(found[0], HEAD)]
 
 
 def _prompt_widths(model: nn.Module, layers: Sequence[Layer], choice: LoraChoice) -> dict[str, int]:
@@ -166,49 +187,35 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: Bias = "none") -> None:
     Raises:
         ConfigError: the model has no LoRA, or another word for `bias`.
     """
-    if bias not in ("none", "all", "lora_only"):
-        hint = near(bias, ("none", "all", "lora_only"))
-        raise ConfigError(f"bias is {bias!r}: it must be none, all or lora_only. {hint}".rstrip())
     part = with_lora(model)
-    _train_biases(part, bias)
-    wanted = {id(parameter) for parameter in get_lora_parameters(part)}
-    wanted |= {id(p) for p in injection.trainable_parameters(part)} & _biases(part)
+    injection.train_biases(part, ADAPTER, bias)
+    full = injection.full_tensors(part, ADAPTER)
+    wanted = {id(p) for key, p in part.named_parameters() if key in full or _is_lora(key)}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in wanted)
 
 
-def _train_biases(part: nn.Module, bias: Bias) -> None:
-    """Let the adapter have values of its own for these biases of the base, and for no others."""
-    held: dict[str, full_training.FullTensor] = vars(part)["_lora_full"]
-    layers = injection.lora_layers(part)
-    asked = replace(injection.configs(part)[ADAPTER], bias=bias)
-    plan = {path: layer.lora_adapters[ADAPTER] for path, layer in layers.items()}
-    wanted = injection.full_keys(part, asked, plan)
-    for key in held.keys() - set(wanted):
-        held.pop(key).switch(None)
-    new = [key for key in wanted if key not in held]
-    full_training.keep_aside(part, ADAPTER, held, new, train=True)
-    injection.configs(part)[ADAPTER] = asked
-    injection.set_adapters(part, ADAPTER)
-
-
-def _biases(part: nn.Module) -> set[int]:
-    """ids of the biases of the base that the adapter trains."""
-    held: dict[str, full_training.FullTensor] = vars(part)["_lora_full"]
-    return {id(entry.tensor) for entry in held.values()}
-
-
 def get_lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of LoRA and of prompt MLPs, in module order: those for the optimizer.
+    """The parameters of LoRA, of prompt MLPs and of a head that trains with them.
+
+    In module order: those for the optimizer.
 
     Raises:
         ConfigError: the model has no LoRA.
     """
+    part = with_lora(model)
+    found = segmentor_in(part)
+    saved = injection.configs(part)[ADAPTER].modules_to_save
+    head = [] if found is None or join(found[0], HEAD) not in saved else [join(found[0], HEAD)]
     return [
         parameter
-        for key, parameter in with_lora(model).named_parameters()
-        if ".lora_" in key or f".{prompt_mlp.NAME}." in key
+        for key, parameter in part.named_parameters()
+        if _is_lora(key) or any(key.startswith(f"{path}.") for path in head)
     ]
+
+
+def _is_lora(key: str) -> bool:
+    return ".lora_" in key or f".{prompt_mlp.NAME}." in key
 
 
 @dataclass(frozen=True)
@@ -244,7 +251,7 @@ def lora_summary(model: nn.Module) -> LoraSummary:
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return LoraSummary(
         sum(size for size, _ in sizes),
-        sum(parameter.numel() for parameter in get_lora_parameters(model)),
+        sum(p.numel() for key, p in with_lora(model).named_parameters() if _is_lora(key)),
         sum(size for size, trains in sizes if trains),
     )
 
@@ -279,6 +286,8 @@ def merge_lora_weights(model: nn.Module, force: bool = False) -> None:
     injection.remove(part)
     prompt_mlp.detach(part)
     unfreeze_statistics(part)
+    if found := segmentor_in(part):
+        found[1].keep_head()
 
 
 def remove_lora(model: nn.Module) -> None:
@@ -291,6 +300,8 @@ def remove_lora(model: nn.Module) -> None:
     injection.remove(part)
     prompt_mlp.detach(part)
     unfreeze_statistics(part)
+    if found := segmentor_in(part):
+        found[1].restore_head()
 
 
 def lora_deltas(model: nn.Module) -> dict[str, Tensor]:

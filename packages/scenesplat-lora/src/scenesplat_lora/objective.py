@@ -11,11 +11,11 @@ from transformers import TrainerCallback
 from lora_core.errors import ConfigError, listing, near
 from lora_core.training import numerics
 from scenesplat_lora import losses
-from scenesplat_lora.config import DISTILLATION, SEGMENTATION, Config
+from scenesplat_lora.config import DISTILLATION, SEGMENTATION, Config, Scheduler
 from scenesplat_lora.data import Needs, learnable_rows
 from scenesplat_lora.losses import Term
 from scenesplat_lora.models import DefaultSegmentorV2, LangPretrainer
-from scenesplat_lora.schedule import OneCycle, warmup_cosine
+from scenesplat_lora.schedule import OneCycle, set_one_cycle, warmup_cosine
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -137,10 +137,7 @@ def schedule(cfg: Config, updates_per_epoch: int) -> Callable[[int, int], float]
     settings, lr = cfg.scheduler, cfg.optimizer.lr
 
     def one_cycle(update: int, updates: int) -> float:
-        cycle = OneCycle(
-            updates, settings.pct_start, settings.div_factor, settings.final_div_factor
-        )
-        return cycle.lr_factor(update)
+        return cycle(settings, updates).lr_factor(update)
 
     def cosine(update: int, updates: int) -> float:
         warmup = min(int(settings.warmup_epochs * updates_per_epoch), updates // 10)
@@ -148,6 +145,41 @@ def schedule(cfg: Config, updates_per_epoch: int) -> Callable[[int, int], float]
         return warmup_cosine(update, updates, warmup, lr, first, low) / lr
 
     return one_cycle if settings.type == "OneCycleLR" else cosine
+
+
+def cycle(settings: Scheduler, updates: int) -> OneCycle:
+    """The one cycle of a run."""
+    return OneCycle(updates, settings.pct_start, settings.div_factor, settings.final_div_factor)
+
+
+class CycledBeta(TrainerCallback):
+    """Gives AdamW its first beta of a one-cycle run before each update, with the learning rate.
+
+    Both are functions of the update alone, so that a resumed run goes on exactly.
+    """
+
+    def __init__(self, settings: Scheduler) -> None:
+        self.settings = settings
+
+    def on_pre_optimizer_step(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Set them for the update that the learning rate is at."""
+        peaks = [group["initial_lr"] for group in optimizer.param_groups]
+        one_cycle = cycle(self.settings, state.max_steps)
+        set_one_cycle(optimizer, one_cycle, lr_scheduler.last_epoch, peaks)
+
+
+def callbacks(cfg: Config) -> list[TrainerCallback]:
+    """What happens besides at the updates of a training."""
+    cycles = cfg.scheduler.type == "OneCycleLR" and "lr_scheduler_type" not in cfg.trainer
+    return [SkipEmpty(), *([CycledBeta(cfg.scheduler)] if cycles else [])]
 
 
 def precision(cfg: Config) -> str:

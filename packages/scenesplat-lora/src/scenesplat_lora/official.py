@@ -7,6 +7,7 @@ travel alone, without `backbone.`, and as safetensors. Nothing in a file is exec
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -17,18 +18,21 @@ import torch
 from torch import Tensor, nn
 
 from lora_core import base_file
-from lora_core.errors import CheckpointError
+from lora_core.errors import CheckpointError, ConfigError
 from lora_core.merged_file import write_tensors
 from lora_core.module_names import unwrapped
 from lora_core.report import say
 from lora_core.state_keys import own_state
-from lora_core.tensor_file import atomic_write, plain, read_safetensors
-from scenesplat_lora.models import DefaultSegmentorV2, LangPretrainer
+from lora_core.tensor_file import atomic_write, plain, read_safetensors, safetensors_bytes
+from scenesplat_lora.description import KEY, Description, described, network_config
+from scenesplat_lora.description import RELEASED as RELEASED
+from scenesplat_lora.description import released_config as released_config
+from scenesplat_lora.models import HEAD, DefaultSegmentorV2, LangPretrainer
 from scenesplat_lora.ptv3 import PointTransformerV3
-from scenesplat_lora.ptv3_config import LANGUAGE, SEGMENTATION, PTv3Config
+from scenesplat_lora.ptv3_config import PTv3Config
 from scenesplat_lora.training_archive import read_archive
 
-RELEASED = {"language model": LANGUAGE, "segmentation model": SEGMENTATION}
+HEAD_TENSORS = (f"{HEAD}.weight", f"{HEAD}.bias")
 _BACKBONE = "backbone."
 _PARTS = ("embedding.", "enc.", "dec.")
 # The first LoRA code for SceneSplat put each adapted Linear inside a layer of its own.
@@ -48,6 +52,7 @@ class OfficialFile:
         spelled: official name -> as the file has it.
         epoch: that the file was saved after; 0 where it does not say.
         best_metric: where the file says.
+        description: of its network, where the file says; official ones do not.
     """
 
     path: Path
@@ -56,6 +61,7 @@ class OfficialFile:
     spelled: dict[str, str] = field(repr=False)
     epoch: int = 0
     best_metric: float | None = None
+    description: Description | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ def read_official(path: str | Path, device: str = "cpu") -> OfficialFile:
     path = Path(path)
     epoch, best, kind = 0, None, "safetensors"
     if path.suffix == ".safetensors":
-        state, _ = read_safetensors(path, device=device)
+        state, content = read_safetensors(path, device=device)
         state = dict(sorted(state.items()))
     else:
         content = read_archive(path, device)
@@ -107,7 +113,8 @@ def read_official(path: str | Path, device: str = "cpu") -> OfficialFile:
             f"{path}: 0 of {len(state)} tensors are of a Point Transformer V3 (it starts with "
             f"{first}): pass a checkpoint of SceneSplat's language or segmentation model"
         )
-    return OfficialFile(path, kind, tensors, spelled, epoch, best)
+    said = described(path, content) if kind in ("safetensors", "checkpoint") else None
+    return OfficialFile(path, kind, tensors, spelled, epoch, best, said)
 
 
 def official_name(name: str) -> str:
@@ -155,14 +162,17 @@ def load_official(
     model: nn.Module | None = None,
     config: PTv3Config | None = None,
     strict: bool = True,
+    num_classes: int | None = None,
 ) -> nn.Module:
     """Read a checkpoint into a model.
 
     Args:
         model: filled in place, a backbone or a model around one, also with adapters on it; None:
             build the one that the file is of.
-        config: for a new model of another shape than the released ones.
+        config: of a new model; None: what the file says, else the released one of its widths.
         strict: False: tensors that do not fit are named on the screen and left as they are.
+        num_classes: make a segmentation model with so many classes of the file's backbone; if the
+            file has another number, or is of the language model, with a new head for LoRA to train.
 
     Returns:
         The model; a new one is in evaluation mode.
@@ -172,59 +182,47 @@ def load_official(
     """
     file = read_official(path)
     if model is None:
-        model = build_model(file, config).eval()
+        model = build_model(file, config, num_classes).eval()
     if misfit := load_state(model, file, strict):
         say(f"{file.path}: {_described(misfit)}; these stay as they were")
     return model
 
 
 def build_model(
-    file: OfficialFile, config: PTv3Config | None = None
+    file: OfficialFile,
+    config: PTv3Config | None = None,
+    num_classes: int | None = None,
+    new_head: bool = False,
+    seed: int = 0,
 ) -> LangPretrainer | DefaultSegmentorV2:
     """The model that a file is of, with random weights.
 
-    Raises:
-        CheckpointError: without `config`, another shape than the released ones.
-    """
-    config = config or released_config(file)
-    head = file.tensors.get("seg_head.weight")
-    return LangPretrainer(config) if head is None else DefaultSegmentorV2(config, len(head))
-
-
-def released_config(file: OfficialFile) -> PTv3Config:
-    """The settings of the released model with the widths and depths of a file.
-
-    Heads, patch sizes and curves leave no trace in tensors, so other shapes cannot be worked out.
+    Args:
+        num_classes: of a segmentation model; None: as the file has, which may be none.
+        new_head: even if the file has as many classes. seed: of a new head.
 
     Raises:
-        CheckpointError: neither shape, with what the file has.
+        CheckpointError: without `config`, a file that is of no released shape and says nothing.
+        ConfigError: `num_classes` below 1.
     """
-    found = _widths(file.tensors)
-    for config in RELEASED.values():
-        if found == {name: getattr(config, name) for name in found}:
-            stem = file.tensors[f"{_BACKBONE}embedding.stem.conv.weight"]
-            return replace(config, in_channels=stem.shape[-1])
-    shape = ", ".join(f"{name} {value}" for name, value in found.items())
-    raise CheckpointError(
-        f"{file.path}: a Point Transformer V3 of neither released shape ({shape}): pass its "
-        "settings, the section model.backbone of its config file"
-    )
+    if num_classes is not None and num_classes < 1:
+        raise ConfigError(f"num_classes is {num_classes}: it must be 1 or more")
+    config = config or network_config(file)
+    own = head_of(file)
+    if own is None and num_classes is None:
+        return LangPretrainer(config)
+    model = DefaultSegmentorV2(config, own or num_classes or 1)
+    said = file.description and file.description.classes
+    model.class_names = said if said and len(said) == own else None
+    if own is None or new_head or num_classes not in (None, own):
+        model.renew_head(num_classes or own or 1, seed)
+    return model
 
 
-def _widths(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Depths and widths of the stages, as far as the names are there."""
-    stages: dict[str, dict[int, dict[int, int]]] = {"enc": {}, "dec": {}}
-    for name, tensor in tensors.items():
-        place = re.fullmatch(r"backbone\.(enc|dec)\.\1(\d+)\.block(\d+)\.norm1\.0\.weight", name)
-        if place and tensor.ndim == 1:
-            side, stage, block = place[1], int(place[2]), int(place[3])
-            stages[side].setdefault(stage, {})[block] = len(tensor)
-    found: dict[str, tuple[int, ...]] = {}
-    for side, blocks in stages.items():
-        ordered = [blocks[stage] for stage in sorted(blocks)]
-        found[f"{side}_depths"] = tuple(map(len, ordered))
-        found[f"{side}_channels"] = tuple(max(widths.values()) for widths in ordered)
-    return found
+def head_of(file: OfficialFile) -> int | None:
+    """The number of classes of a file's head; None: it has none."""
+    head = file.tensors.get(HEAD_TENSORS[0])
+    return None if head is None or head.ndim == 0 else len(head)
 
 
 # -- filling a model -----------------------------------------------------------------------------
@@ -247,6 +245,8 @@ def load_state(model: nn.Module, file: OfficialFile, strict: bool = True) -> Mis
     if isinstance(model, PointTransformerV3):
         body = {name: t for name, t in file.tensors.items() if name.startswith(_BACKBONE)}
         file = replace(file, tensors=body)
+    if isinstance(model, DefaultSegmentorV2) and model.new_head:
+        file, own = without_head(file, own)
     misfit = compare(file, own)
     if misfit and (strict or not misfit.matched):
         unexpected = [file.spelled[name] for name in misfit.unexpected]
@@ -266,6 +266,14 @@ def load_state(model: nn.Module, file: OfficialFile, strict: bool = True) -> Mis
         for name, tensor in fitting.items():
             own[name].copy_(tensor)
     return misfit
+
+
+def without_head(
+    file: OfficialFile, own: Mapping[str, Tensor]
+) -> tuple[OfficialFile, dict[str, Tensor]]:
+    """Both without the tensors of the head, which is not taken from the file."""
+    kept = {name: tensor for name, tensor in file.tensors.items() if name not in HEAD_TENSORS}
+    return replace(file, tensors=kept), {n: t for n, t in own.items() if n not in HEAD_TENSORS}
 
 
 def compare(file: OfficialFile, own: Mapping[str, Tensor]) -> Misfit:
@@ -293,6 +301,8 @@ def _described(misfit: Misfit) -> str:
 def to_official(file: OfficialFile, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A file's content with its tensors replaced: same names, order and prefixes.
 
+    The head of a segmentation model may be new: it comes first, as in official files.
+
     Args:
         file: the base.
         state: of the model or its backbone, without adapters; its dtypes are kept.
@@ -301,30 +311,48 @@ def to_official(file: OfficialFile, state: Mapping[str, Tensor]) -> dict[str, Te
         CheckpointError: a tensor that the base has no place for.
     """
     changed = {official_name(name): tensor for name, tensor in state.items()}
+    start = "module." if all(n.startswith("module.") for n in file.spelled.values()) else ""
+    new = head_of(file) is None and all(name in changed for name in HEAD_TENSORS)
+    head = {start + name: changed.pop(name) for name in HEAD_TENSORS} if new else {}
     strangers = [name for name in changed if name not in file.tensors]
     if strangers:
         raise CheckpointError(f"{file.path} has no tensors {base_file.some(strangers)}")
-    return {
+    return head | {
         _WRAPPED.sub(r"\1\2", file.spelled[name]): changed.get(name, tensor)
         for name, tensor in file.tensors.items()
     }
 
 
-def write_official(path: str | Path, tensors: Mapping[str, Tensor], epoch: int = 0) -> Path:
+def write_official(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    epoch: int = 0,
+    description: Description | None = None,
+) -> Path:
     """Write a checkpoint that the official programs load, whole or not at all.
 
     Args:
         path: `.safetensors` for the bare tensors; otherwise `{"epoch", "state_dict"}`.
+        description: of the network, so that the file is read without its settings later.
 
     Raises:
         CheckpointError: it cannot be written.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        write_tensors(path, tensors)
+        if description is None:
+            write_tensors(path, tensors)
+            return path
+        metadata = {"format": "pt", KEY: json.dumps(description.entry())}
+        data = safetensors_bytes(tensors, metadata)
+        with atomic_write(path) as file:
+            file.write(data)
         return path
     # A view would drag its whole storage into the file.
-    state = {name: plain(tensor).clone() for name, tensor in tensors.items()}
+    content: dict[str, Any] = {"epoch": epoch}
+    content["state_dict"] = {name: plain(tensor).clone() for name, tensor in tensors.items()}
+    if description is not None:
+        content[KEY] = description.entry()
     with atomic_write(path) as file:
-        torch.save({"epoch": epoch, "state_dict": state}, file)
+        torch.save(content, file)
     return path

@@ -1,8 +1,12 @@
-"""A picture of a scene: Gaussians as discs, seen from above at a slant, by a z-buffer.
+"""A picture of a scene: Gaussians as opaque ellipses, seen from above at a slant, by a z-buffer.
 
-Orthographic: with the viewer to the south at elevation e above the floor,
+Orthographic, for a viewer at azimuth a (0: in the south, 90: in the east) and elevation e above the
+floor; V is the rotation with the rows right, up and near:
 
-    right = x,   up = y sin e + z cos e,   near = z sin e - y cos e
+    right = x cos a + y sin a,   back = y cos a - x sin a
+    up = back sin e + z cos e,   near = z sin e - back cos e
+
+A Gaussian with covariance S covers where d^T C^-1 d <= REACH^2, for C = V S V^T in right and up.
 """
 
 from __future__ import annotations
@@ -10,17 +14,25 @@ from __future__ import annotations
 import colorsys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from scenesplat_lora.scene import Scene
+from scenesplat_lora.scene import Scene, take_rows
 
 Array = NDArray[np.floating]
 PAPER = 255
 WIDTH = 900  # pixels
-MOST_RADIUS = 6  # pixels; of the largest Gaussians
+REACH = 2.0  # standard deviations that are drawn
+MOST_REACH = 1 / 45  # of the picture's width; of the largest Gaussians
+ELEVATION = 50.0  # degrees
+AZIMUTHS = (25.0, 115.0, 205.0, 295.0)  # slanting, so that no wall is seen edge on
+OUTSIDE = 0.005  # share of the Gaussians that may lie far away, on each side
+MARGIN = 0.1  # of the frame, on each side, where there are Gaussians
+BORDER = 6  # pixels around the outermost centres
 FAINT = 0.1  # opacity below which a Gaussian is no part of a surface
+SAMPLED = 20_000  # Gaussians that a side is chosen by
 GOLDEN = 0.6180339887498949  # steps of hue that never come close to earlier ones
 NO_LABEL = (200, 200, 200)
 MOST_NAMES = 24  # in a legend
@@ -52,54 +64,140 @@ def shown(scene: Scene, cut_above: float) -> NDArray[np.bool_]:
     return chosen if chosen.any() else np.ones(len(z), np.bool_)
 
 
-def render(
-    coord: Array,
-    color: NDArray[np.generic],
-    radius: Array,
-    elevation: float = 55.0,
-    width: int = WIDTH,
-) -> NDArray[np.uint8]:
-    """A picture, uint8 [H, width, 3], white where nothing is.
+# -- where things are in the picture ---------------------------------------------------------------
 
-    The frame leaves out half a percent of the Gaussians on every side: some lie far away.
+
+@dataclass(frozen=True)
+class Ellipses:
+    """Gaussians in a picture, in pixels, the nearest last.
+
+    Attributes:
+        row, column: f64 [N] of the centres, whole numbers.
+        inverse: f64 [N, 3], of C^-1 the entries (right, right), (right, up), (up, up).
+        reach: f64 [N, 2], how far they go in right and up.
+        near: f64 [N], metres.
+        order: int64 [N], which Gaussian each is.
+        shape: height and width of the picture.
+    """
+
+    row: Array
+    column: Array
+    inverse: Array
+    reach: Array
+    near: Array
+    order: NDArray[np.int64]
+    shape: tuple[int, int]
+
+
+def view(azimuth: float, elevation: float) -> NDArray[np.float64]:
+    """V [3, 3]: rows right, up, near, for angles in degrees."""
+    a, e = np.radians((azimuth, elevation))
+    right, back = np.array([np.cos(a), np.sin(a), 0]), np.array([-np.sin(a), np.cos(a), 0])
+    above = np.array([0, 0, 1])
+    up, near = back * np.sin(e) + above * np.cos(e), above * np.sin(e) - back * np.cos(e)
+    return np.stack([right, up, near])
+
+
+def covariances(scene: Scene) -> NDArray[np.float64]:
+    """S = R diag(scale^2) R^T of every Gaussian, [N, 3, 3], square metres."""
+    from scipy.spatial.transform import Rotation
+
+    axes = Rotation.from_quat(scene["quat"][:, [1, 2, 3, 0]]).as_matrix()
+    axes *= scene["scale"][:, None, :]
+    return axes @ axes.transpose(0, 2, 1)
+
+
+def project(scene: Scene, azimuth: float, elevation: float, width: int) -> Ellipses:
+    """Where the Gaussians of a scene are in a picture of this width, in pixels."""
+    turn = view(azimuth, elevation)
+    right, up, near = turn @ scene["coord"].astype(np.float64).T
+    (left, end), (bottom, top) = _range(right), _range(up)
+    inner = width - 1 - 2 * BORDER
+    scale = inner / max(end - left, (top - bottom) / 2, 1e-6)  # at most twice as high
+    height = round((top - bottom) * scale) + 1 + 2 * BORDER
+    flat = turn[:2] @ covariances(scene) @ turn[:2].T * scale**2
+    xx, xy, yy = flat[:, 0, 0], flat[:, 0, 1], flat[:, 1, 1]
+    least = (0.5 / REACH) ** 2  # nothing is smaller than a pixel
+    xx, yy = xx + least, yy + least
+    reach = REACH * np.sqrt(np.stack([xx, yy], axis=1))
+    shrink = np.minimum(1, MOST_REACH * width / reach.max(axis=1))
+    determinant = np.maximum(xx * yy - xy**2, least**2)  # rounding may leave less
+    inverse = np.stack([yy, -xy, xx], axis=1) / (determinant * shrink**2)[:, None]
+    order = np.argsort(near, kind="stable")
+    return Ellipses(
+        np.floor((top - up[order]) * scale + 0.5) + BORDER,
+        np.floor((right[order] - left) * scale + 0.5) + BORDER,
+        inverse[order],
+        (reach * shrink[:, None])[order],
+        near[order],
+        order,
+        (height, width),
+    )
+
+
+def _range(values: Array) -> tuple[float, float]:
+    """From where to where a picture goes: all, but not to the few that lie far away."""
+    low, high = np.quantile(values, (OUTSIDE, 1 - OUTSIDE))
+    margin = MARGIN * (high - low)
+    return float(max(values.min(), low - margin)), float(min(values.max(), high + margin))
+
+
+def front(ellipses: Ellipses) -> NDArray[np.int64]:
+    """The nearest ellipse of each pixel, as its row in `ellipses`; int64 [H, W], -1: none."""
+    height, width = ellipses.shape
+    nearest = np.full(height * width, -1, np.int64)
+    across, along = np.ceil(ellipses.reach.max(axis=0)).astype(int).tolist()
+    for dy in range(-along, along + 1):
+        rows = np.flatnonzero(ellipses.reach[:, 1] >= abs(dy))
+        for dx in range(-across, across + 1):
+            some = rows[ellipses.reach[rows, 0] >= abs(dx)]
+            a, b, c = ellipses.inverse[some].T
+            # Up in the scene is towards smaller rows, so that dy stands for -up.
+            some = some[a * dx * dx - 2 * b * dx * dy + c * dy * dy <= REACH**2]
+            x, y = ellipses.column[some] + dx, ellipses.row[some] + dy
+            inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+            pixel = (y[inside] * width + x[inside]).astype(np.int64)
+            np.maximum.at(nearest, pixel, some[inside])
+    return nearest.reshape(height, width)
+
+
+def best_azimuth(scene: Scene, elevation: float = ELEVATION) -> float:
+    """The one of `AZIMUTHS` from which one sees farthest: over the lowest walls into the room."""
+    step = -(-len(scene["coord"]) // SAMPLED)
+    some = take_rows(scene, np.arange(0, len(scene["coord"]), step))
+    depths = []
+    for azimuth in AZIMUTHS:
+        ellipses = project(some, azimuth, elevation, WIDTH // 6)
+        nearest = front(ellipses)
+        depths.append(-ellipses.near[nearest[nearest >= 0]].mean())
+    return AZIMUTHS[int(np.argmax(depths))]
+
+
+# -- pictures --------------------------------------------------------------------------------------
+
+
+def visible(
+    scene: Scene, azimuth: float = 0.0, elevation: float = ELEVATION, width: int = WIDTH
+) -> NDArray[np.int64]:
+    """Which Gaussian is seen in each pixel, int64 [H, width]; -1: none.
+
+    The frame leaves out Gaussians that lie far away: half a percent on every side at most.
+    """
+    ellipses = project(scene, azimuth, elevation, width)
+    nearest = front(ellipses)
+    return np.where(nearest >= 0, ellipses.order[nearest], -1)
+
+
+def painted(seen: NDArray[np.int64], color: NDArray[np.generic]) -> NDArray[np.uint8]:
+    """A picture of what `visible` gave, white where nothing is; uint8 [H, W, 3].
 
     Args:
-        coord: [N, 3] metres, z up. color: [N, 3], 0..255. radius: [N] metres.
-        elevation: degrees of the viewer above the floor.
+        color: [N, 3] of the Gaussians, 0..255.
     """
-    slant = np.radians(elevation)
-    x, y, z = coord.astype(np.float64).T
-    right, up = x, y * np.sin(slant) + z * np.cos(slant)
-    order = np.argsort(z * np.sin(slant) - y * np.cos(slant), kind="stable")  # the nearest last
-    (left, end), (bottom, top) = (np.percentile(axis, (0.5, 99.5)) for axis in (right, up))
-    per_metre = (width - 1) / max(end - left, (top - bottom) / 2, 1e-6)  # at most twice as high
-    height = round((top - bottom) * per_metre) + 1
-    column = np.floor((right[order] - left) * per_metre + 0.5)
-    row = np.floor((top - up[order]) * per_metre + 0.5)
-    size = np.clip(radius[order] * per_metre, 0.5, MOST_RADIUS)
-    front = _front(column, row, size, (height, width))
-    picture = np.full((height, width, 3), PAPER, np.uint8)
-    hit = front >= 0
-    picture[hit] = np.clip(color[order][front[hit]], 0, 255).astype(np.uint8)
+    picture = np.full((*seen.shape, 3), PAPER, np.uint8)
+    hit = seen >= 0
+    picture[hit] = np.clip(color[seen[hit]], 0, 255).astype(np.uint8)
     return picture
-
-
-def _front(column: Array, row: Array, size: Array, shape: tuple[int, int]) -> NDArray[np.int64]:
-    """The last of the discs that covers each pixel, int64 [H, W]; -1: none.
-
-    Args:
-        column, row: centres in pixels. size: radii in pixels. All [N], the nearest disc last.
-    """
-    height, width = shape
-    front = np.full(height * width, -1, np.int64)
-    reach = range(-MOST_RADIUS, MOST_RADIUS + 1)
-    for dy, dx in ((dy, dx) for dy in reach for dx in reach):
-        covers = np.flatnonzero(size >= np.hypot(dx, dy))
-        x, y = column[covers] + dx, row[covers] + dy
-        inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-        pixel = (y[inside] * width + x[inside]).astype(np.int64)
-        np.maximum.at(front, pixel, covers[inside])
-    return front.reshape(shape)
 
 
 def scene_sheet(
@@ -107,8 +205,12 @@ def scene_sheet(
     panels: Sequence[tuple[str, NDArray[np.integer]]],
     names: Sequence[str],
     cut_above: float = 0.8,
+    width: int = WIDTH,
 ) -> NDArray[np.uint8]:
     """The scene's own colours, beside them labels [N] by caption, and what their colours mean.
+
+    Args:
+        width: of each panel, pixels.
 
     Returns:
         uint8 [H, W, 3].
@@ -116,12 +218,13 @@ def scene_sheet(
     from lora_core.pictures import overlay
 
     some = shown(scene, cut_above)
-    coord, radius = scene["coord"][some], scene["scale"][some].mean(axis=1)
-    pictures = [("colours", render(coord, scene["color"][some], radius))]
+    drawn = take_rows(scene, some)
+    seen = visible(drawn, best_azimuth(drawn), width=width)
+    pictures = [("colours", painted(seen, drawn["color"]))]
     counts: Counter[int] = Counter()
     for caption, labels in panels:
         chosen = labels[some]
-        pictures.append((caption, render(coord, label_colours(chosen, len(names)), radius)))
+        pictures.append((caption, painted(seen, label_colours(chosen, len(names)))))
         counts.update(dict(enumerate(np.bincount(chosen[chosen >= 0], minlength=len(names)))))
     colours = class_colours(len(names)).tolist()
     frequent = sorted(c for c, count in counts.most_common(MOST_NAMES) if count)

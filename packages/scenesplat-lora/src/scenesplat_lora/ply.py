@@ -1,4 +1,4 @@
-"""PLY files: 3D Gaussian splats to scenes, and points with properties back.
+"""PLY files: 3D Gaussian splats to scenes, meshes, and points with properties back.
 
 Elements are read by their names, in ASCII and in both binary orders. Counts are compared with the
 size of the file before anything is allocated.
@@ -7,7 +7,8 @@ size of the file before anything is allocated.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from lora_core.data_file import open_regular
 from lora_core.errors import DataError, listing, one_line
 from scenesplat_lora.scene import Scene
+from scenesplat_lora.scene_values import recentred
 
 Array = NDArray[Any]
 SH_C0 = 0.28209479177387814  # of the constant spherical harmonic, 1 / (2 sqrt(pi))
@@ -30,6 +32,7 @@ _TYPES = {
 }  # fmt: skip
 _NAMES = {"i1": "char", "u1": "uchar", "i2": "short", "u2": "ushort", "i4": "int", "u4": "uint",
           "f4": "float", "f8": "double"}  # fmt: skip
+_PLURAL = {"vertex": "vertices", "face": "faces"}
 _ORDERS = {"binary_little_endian": "<", "binary_big_endian": ">", "ascii": "="}
 _NEEDED = (
     "x",
@@ -47,17 +50,30 @@ _NEEDED = (
 
 
 class Element(NamedTuple):
-    """One table of the file: its name, its rows, its columns; a list has no type here."""
+    """One table of the file: its name, its rows, its columns (name, type, type of the length).
+
+    A column without a type of the length is one number, the others are lists.
+    """
 
     name: str
     rows: int
-    columns: tuple[tuple[str, str | None], ...]
+    columns: tuple[tuple[str, str, str | None], ...]
 
     def dtype(self, order: str) -> np.dtype[Any]:
         """Of one row; raises ValueError for a list or a name that stands twice."""
-        if any(kind is None for _, kind in self.columns):
+        if any(length is not None for *_, length in self.columns):
             raise ValueError(f"the element {self.name!r} has a list, which has no fixed size")
-        return np.dtype([(name, f"{order}{kind}") for name, kind in self.columns])
+        return np.dtype([(name, f"{order}{kind}") for name, kind, _ in self.columns])
+
+    def triangles(self, order: str) -> np.dtype[Any]:
+        """Of one row whose lists have three entries; `#name` is the length of the list `name`."""
+        fields: list[Any] = []
+        for name, kind, length in self.columns:
+            if length is None:
+                fields.append((name, f"{order}{kind}"))
+            else:
+                fields += [(f"#{name}", f"{order}{length}"), (name, f"{order}{kind}", (3,))]
+        return np.dtype(fields)
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -72,16 +88,42 @@ def read_vertices(path: str | Path) -> Array:
         DataError: not PLY, no vertices, lists where rows must have one size, or another number of
             rows than the header promises.
     """
+    return _element(Path(path), "vertex", Element.dtype)
+
+
+def read_triangles(path: str | Path) -> Array:
+    """The table `face` of a mesh of triangles, a structured array [F] as `read_vertices` gives it.
+
+    Its list of corners is a field [F, 3] under its own name, as a rule `vertex_indices`.
+
+    Raises:
+        DataError: as `read_vertices`; or lists of another length than three.
+    """
     path = Path(path)
+    rows = _element(path, "face", Element.triangles)
+    for name in rows.dtype.names or ():
+        if name.startswith("#") and (rows[name] != 3).any():
+            raise DataError(
+                f"{one_line(path)}: faces that are no triangles ({name[1:]}): triangulate the mesh"
+            )
+    return rows
+
+
+def _element(path: Path, name: str, dtype_of: Callable[[Element, str], np.dtype[Any]]) -> Array:
     try:
         with open_regular(path) as file:
             form, elements = _header(file)
             names = [element.name for element in elements]
-            if "vertex" not in names:
-                raise ValueError(f"no element 'vertex', only {', '.join(names) or 'none'}")
-            place = names.index("vertex")
-            read = _ascii_rows if form == "ascii" else _binary_rows
-            return read(file, _ORDERS[form], elements, place)
+            if name not in names:
+                raise ValueError(f"no element {name!r}, only {', '.join(names) or 'none'}")
+            before, order = elements[: names.index(name)], _ORDERS[form]
+            element = elements[len(before)]
+            dtype = dtype_of(element, order)
+            if form == "ascii":
+                return _ascii_rows(file, before, element, dtype)
+            begin = file.tell() + sum(e.rows * e.dtype(order).itemsize for e in before)
+            last = len(before) == len(elements) - 1
+            return _binary_rows(file, begin, element, dtype, last)
     except DataError:
         raise
     except ValueError as error:
@@ -99,10 +141,12 @@ def _header(file: BinaryIO) -> tuple[str, list[Element]]:
                 pass
             case ["element", name, count] if count.isdecimal() and len(count) < 16:
                 elements.append(Element(name, int(count), ()))
-            case ["property", "list", _, _, name] if elements:
-                elements[-1] = _with_column(elements[-1], name, None)
+            case ["property", "list", length, kind, name] if (
+                elements and length in _TYPES and kind in _TYPES
+            ):
+                elements[-1] = _with_column(elements[-1], (name, _TYPES[kind], _TYPES[length]))
             case ["property", kind, name] if elements and kind in _TYPES:
-                elements[-1] = _with_column(elements[-1], name, _TYPES[kind])
+                elements[-1] = _with_column(elements[-1], (name, _TYPES[kind], None))
             case ["comment" | "obj_info", *_] | []:
                 pass
             case _:
@@ -112,8 +156,8 @@ def _header(file: BinaryIO) -> tuple[str, list[Element]]:
     return form, elements
 
 
-def _with_column(element: Element, name: str, kind: str | None) -> Element:
-    return element._replace(columns=(*element.columns, (name, kind)))
+def _with_column(element: Element, column: tuple[str, str, str | None]) -> Element:
+    return element._replace(columns=(*element.columns, column))
 
 
 def _header_lines(file: BinaryIO) -> list[str]:
@@ -129,40 +173,48 @@ def _header_lines(file: BinaryIO) -> list[str]:
     return lines[1:]
 
 
-def _binary_rows(file: BinaryIO, order: str, elements: list[Element], place: int) -> Array:
-    vertex, begin = elements[place], file.tell()
-    begin += sum(e.rows * e.dtype(order).itemsize for e in elements[:place])
-    dtype = vertex.dtype(order)
-    needed = vertex.rows * dtype.itemsize
+def _binary_rows(
+    file: BinaryIO, begin: int, element: Element, dtype: np.dtype[Any], last: bool
+) -> Array:
+    needed = element.rows * dtype.itemsize
     held = os.fstat(file.fileno()).st_size - begin
-    if held < needed or (place == len(elements) - 1 and held != needed):
+    if held < needed or (last and held != needed):
         raise ValueError(
-            f"its header promises {vertex.rows} vertices, {needed} bytes, but {max(held, 0)} "
-            f"follow: copied incompletely?"
+            f"its header promises {element.rows} {_PLURAL[element.name]}, {needed} bytes, but "
+            f"{max(held, 0)} follow: copied incompletely{_other_lists(element)}?"
         )
-    if not vertex.rows:
+    if not element.rows:
         return np.empty(0, dtype)
-    return np.memmap(file, dtype, mode="r", offset=begin, shape=(vertex.rows,))
+    return np.memmap(file, dtype, mode="r", offset=begin, shape=(element.rows,))
 
 
-def _ascii_rows(file: BinaryIO, order: str, elements: list[Element], place: int) -> Array:
-    vertex = elements[place]
-    dtype = vertex.dtype(order)
-    if vertex.rows > os.fstat(file.fileno()).st_size:
-        raise ValueError(f"its header promises {vertex.rows} vertices, more than it has bytes")
-    for _ in range(sum(e.rows for e in elements[:place])):
-        file.readline()
-    if not vertex.rows:
+def _other_lists(element: Element) -> str:
+    return ", or not all of them triangles" if element.name == "face" else ""
+
+
+def _ascii_rows(
+    file: BinaryIO, before: Sequence[Element], element: Element, dtype: np.dtype[Any]
+) -> Array:
+    what = _PLURAL[element.name]
+    if element.rows > os.fstat(file.fileno()).st_size:
+        raise ValueError(f"its header promises {element.rows} {what}, more than it has bytes")
+    for _ in range(sum(e.rows for e in before)):
+        if not file.readline():
+            break
+    if not element.rows:
         return np.empty(0, dtype)
-    lines: list[bytes] = list(islice(file, vertex.rows))
-    if len(lines) < vertex.rows:
-        raise ValueError(f"its header promises {vertex.rows} vertices, but {len(lines)} follow")
+    lines: list[bytes] = list(islice(file, element.rows))
+    if len(lines) < element.rows:
+        raise ValueError(f"its header promises {element.rows} {what}, but {len(lines)} follow")
     table = np.loadtxt(lines, dtype=np.float64, ndmin=2, comments=None)
-    if table.shape != (vertex.rows, len(dtype.names or ())):
-        raise ValueError(f"vertices of {table.shape[1]} numbers, expected {len(dtype.names or ())}")
-    rows = np.empty(vertex.rows, dtype)
-    for number, name in enumerate(dtype.names or ()):
-        rows[name] = table[:, number]
+    width = sum(int(np.prod(dtype[name].shape)) for name in dtype.names or ())
+    if table.shape != (element.rows, width):
+        raise ValueError(f"{what} of {table.shape[1]} numbers, expected {width}")
+    rows, column = np.empty(element.rows, dtype), 0
+    for name in dtype.names or ():
+        size = int(np.prod(dtype[name].shape))
+        rows[name] = table[:, column : column + size].reshape(rows[name].shape)
+        column += size
     return rows
 
 
@@ -199,9 +251,13 @@ def read_gaussians(path: str | Path) -> Scene:
     color = np.clip(0.5 + SH_C0 * raw["color"], 0, 1) * 255
     quat = raw["quat"] / (np.linalg.norm(raw["quat"], axis=1, keepdims=True) + 1e-9)
     quat = np.where(quat[:, :1] < 0, -quat, quat)
+    notes: list[str] = []
+    coord = recentred({"coord": raw["coord"]}, notes)["coord"]  # before float32 rounds it
+    for note in notes:
+        warnings.warn(f"{one_line(path)}: {note}", stacklevel=2)
     return {
         "name": path.stem,
-        "coord": raw["coord"].astype(np.float32),
+        "coord": coord.astype(np.float32),
         "color": color.astype(np.uint8).astype(np.float32),
         "opacity": _sigmoid(raw["opacity"]).astype(np.float32),
         "scale": np.exp(raw["scale"]).astype(np.float32),

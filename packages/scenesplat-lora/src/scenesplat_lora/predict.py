@@ -1,4 +1,4 @@
-"""`scenesplat-lora predict`: labels of scenes by the nearest text.
+"""`scenesplat-lora predict`: labels of scenes, by the nearest text or of a trained head.
 
 For every scene it writes `<output>/<scene>/labels.npy` (int32 [N], -1: none), `labels.ply` with a
 colour per class, and `picture.png`; for all together `predictions.json` with counts.
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results, damaged = predict_all(sources, options)
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / RESULTS, {"classes": list(options.texts().names), "scenes": results})
+    write_json(folder / RESULTS, {"classes": list(options.classes().names), "scenes": results})
     say(f"{len(results)} scene{'s' * (len(results) != 1)} -> {folder.absolute()}")
     if damaged:
         raise DataError(listing(damaged))
@@ -117,22 +117,22 @@ def predict_all(
     from scenesplat_lora.scene_values import LAYOUTS
     from scenesplat_lora.zero_shot import vote
 
-    text, model = options.texts(), options.load()
+    classes, model = options.classes(), options.load()
     results: dict[str, dict[str, int]] = {}
     damaged = []
     with Progress(len(sources)) as progress:
         for number, source in enumerate(sources, start=1):
             try:
-                scene = source.read(LAYOUTS[options.layout])
-                labels = label_scene(model, scene, text, options.labelling())
+                scene = source.read(LAYOUTS[options.layout], options.wanted)
+                labels = label_scene(model, scene, classes.text, options.labelling())
             except DataError as error:
                 damaged.append(str(error))
                 continue
             if options.vote_k:
                 labels = vote(labels, scene["coord"], k=options.vote_k)
             with new_tree(Path(options.output) / source.name) as tree:
-                write(tree, scene, labels, text.names, options.cut_above)
-            results[source.name] = counts(labels, text.names)
+                write(tree, scene, labels, classes.names, options.cut_above)
+            results[source.name] = counts(labels, classes.names)
             progress.update(number)
     return results, damaged
 

@@ -1,10 +1,11 @@
 """`scenesplat-lora prepare STEP`: your files to the folders that training reads.
 
     ply         3D Gaussian splat files -> scene folders
-    lang-feat   labels and text embeddings -> language features of every Gaussian
+    text        class names -> text embeddings of SigLIP 2
+    lang-feat   labels, or posed images with masks -> language features of every Gaussian
     chunk       large scenes -> overlapping chunks
 
-Every step takes --num_shards and --shard_id, can be stopped and started again, and keeps a
+Steps over scenes take --num_shards and --shard_id, can be stopped and started again, and keep a
 manifest.
 """
 
@@ -22,7 +23,9 @@ from scenesplat_lora.records import Shard
 
 STEPS = {
     "ply": "3D Gaussian splat files to scene folders",
-    "lang-feat": "language features of Gaussians from labels and text embeddings",
+    "import": "ScanNet, ScanNet++ or Matterport3D as distributed to labelled scenes",
+    "text": "class names to text embeddings of SigLIP 2",
+    "lang-feat": "language features of Gaussians from labels, or from posed images with masks",
     "chunk": "large scenes to overlapping chunks",
 }
 

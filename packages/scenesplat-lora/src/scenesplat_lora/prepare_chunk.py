@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, replace
@@ -48,6 +49,8 @@ class Options(ShardOptions):
         problems = self.shard_problems()
         if not (math.isfinite(self.grid_size) and self.grid_size >= 0):
             problems.append(f"--grid_size is {self.grid_size}: it must be metres, or 0")
+        if self.split in (".", ""):
+            problems.append(f"--split is {self.split!r}: it must be a folder in --data_root")
         try:
             self.chunks()
         except ConfigError as error:
@@ -107,15 +110,21 @@ def _write(job: Job, scenes: dict[str, Path], chunks: Chunks, options: Options) 
     """Write the chunks of a scene; gives their Gaussians by name."""
     folder, layout = scenes[job.name], as_written(LAYOUTS[options.layout])
     wanted = [name for name in ALSO if (folder / f"{name}.npy").exists()]
-    scene = read_scene(folder, layout, wanted)
+    notes: list[str] = []
+    scene = read_scene(folder, layout, wanted, notes)
+    for note in notes:
+        warnings.warn(f"{one_line(folder)}: {note}", stacklevel=1)
     rng = np.random.default_rng(
         [options.seed, zlib.crc32(job.name.encode("utf-8", "surrogateescape"))]
     )
     rows = {}
-    for number, chunk in enumerate(cut_scene(scene, chunks, rng)):
-        place = chunk_folder(job.place, job.name, number)
-        write_scene(place, chunk, layout)
-        rows[place.name] = len(chunk["coord"])
+    try:
+        for number, chunk in enumerate(cut_scene(scene, chunks, rng)):
+            place = chunk_folder(job.place, job.name, number)
+            write_scene(place, chunk, layout)
+            rows[place.name] = len(chunk["coord"])
+    except DataError as error:
+        raise DataError(f"{one_line(folder)}: {error}") from None
     if not rows:
         raise DataError(
             f"{one_line(folder)}: no chunk has {chunks.minimum} Gaussians of its "

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.initialise import module_seed
+from lora_core.injection import configs, full_tensors
 from lora_core.module_names import only
 
 NAME = "prompt_mlp"  # of the child of an adapted layer
@@ -66,8 +67,9 @@ def accept_base_checkpoint(model: nn.Module, result: Any) -> None:
 
     Not where biases of the base train as well: the base's own values are kept aside then.
     """
-    if any(f".{NAME}." not in key for key in vars(model).get("_lora_full", {})):
-        return
+    for adapter in configs(model):
+        if any(f".{NAME}." not in key for key in full_tensors(model, adapter)):
+            return
     added = {key for key in model.state_dict() if _is_added(key)}
     if added <= set(result.missing_keys):
         result.missing_keys[:] = [key for key in result.missing_keys if key not in added]

@@ -107,6 +107,7 @@ class Ledger:
             record = self.record(job)
             if record.exists():
                 held = read_json(record)
+                held = held if isinstance(held, dict) else {}  # of someone else: made anew
                 same = {name: held.get(name) for name in ("settings", "source")} == self.facts(job)
                 if same and job.made():
                     self.begun(job).unlink(missing_ok=True)  # killed after the last step but one

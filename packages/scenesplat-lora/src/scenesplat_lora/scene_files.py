@@ -5,24 +5,27 @@
 coord.npy, color.npy, opacity.npy, scale.npy and quat.npy make a scene that can be looked at and
 labelled; `lang_feat` and `valid_feat_mask` make one that can be learned from. Whatever is wrong
 with a scene comes in one DataError. What is repaired by rule (quaternions of another length or with
-w < 0, colours in 0..1) is said in `notes`.
+w < 0, colours in 0..1, coordinates of maps) is said in `notes`, each as "what: how much".
 """
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from lora_core.data_file import open_regular
 from lora_core.errors import DataError, listing, near, one_line
 from scenesplat_lora.scene import GAUSSIAN, Scene
-from scenesplat_lora.scene_values import LAYOUTS, MEANING, Array, Layout
+from scenesplat_lora.scene_values import LAYOUTS, MEANING, Array, Layout, recentred
 
+MAX_HEADER = 10_000  # bytes, as numpy has it; 128 are usual
 WANTED = ("normal", "lang_feat", "segment", "pc")  # what a reader may insist on
 
 
@@ -35,12 +38,19 @@ def list_scenes(
         filtered_scene: scenes whose name before the first `_` is among these are left out.
 
     Raises:
-        DataError: a split without a folder or without scenes; all such splits together.
+        DataError: a split that is named twice, without a folder in `data_root` or without scenes;
+            all such splits together.
     """
     scenes: list[Path] = []
     problems = []
-    for name in (split,) if isinstance(split, str) else split:
+    names = (split,) if isinstance(split, str) else tuple(split)
+    for name, count in Counter(names).items():
         folder = Path(data_root) / name
+        if Path(name).is_absolute() or ".." in Path(name).parts or not name:
+            problems.append(f"split {one_line(name)!r}: it must be a folder inside {data_root}")
+            continue
+        if count > 1:
+            problems.append(f"split {one_line(name)!r} is named {count} times")
         if not folder.is_dir():
             known = [entry.name for entry in _folders(Path(data_root))]
             hint = near(name, known) or f"the folders there are {', '.join(known) or 'none'}"
@@ -56,10 +66,12 @@ def list_scenes(
 
 
 def _folders(root: Path) -> list[Path]:
-    if not root.is_dir():
-        return []
+    try:
+        entries = list(root.iterdir()) if root.is_dir() else []
+    except OSError as error:
+        raise DataError(f"{one_line(root)}: cannot be read: {error.strerror}") from None
     # A point begins what a writer has not finished, and what systems hide.
-    return sorted(e for e in root.iterdir() if e.is_dir() and not e.name.startswith("."))
+    return sorted(e for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -74,27 +86,46 @@ def read_array(path: str | Path, mapped: bool = False) -> Array:
     """
     path = Path(path)
     with open_regular(path) as file:
-        try:
-            version = np.lib.format.read_magic(file)
-            read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-            shape, fortran, dtype = read[version[0]](file)
-        except (ValueError, KeyError, EOFError) as error:
-            reason = str(error).splitlines()[0][:120]
-            raise DataError(f"{one_line(path)}: not a .npy file: {reason}") from None
-        if dtype.hasobject or dtype.kind not in "biuf":
-            raise DataError(f"{one_line(path)}: holds {dtype}, expected numbers")
-        begin = file.tell()
-        count = int(np.prod(shape, dtype=object)) if shape else 1
+        shape, fortran, dtype = _header(file, one_line(path))
+        begin, count = file.tell(), math.prod(shape)
         held = os.fstat(file.fileno()).st_size - begin
         if held != count * dtype.itemsize:
             raise DataError(
                 f"{one_line(path)}: its header promises {dtype} {list(shape)}, "
                 f"{count * dtype.itemsize} bytes, but {held} follow: copied incompletely?"
             )
+        if not count:
+            return np.empty([min(length, 4096) for length in shape], dtype)
         order: Any = "F" if fortran else "C"
-        if mapped and count:
+        if mapped:
             return np.memmap(file, dtype, mode="r", offset=begin, shape=shape, order=order)
         return np.fromfile(file, dtype, count).reshape(shape, order=order)
+
+
+def _header(file: BinaryIO, name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, order and type of a .npy file; leaves it at the first byte of the data."""
+    begin = file.read(32)
+    file.seek(0)
+    readers = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+    try:
+        version = np.lib.format.read_magic(file)[0]
+        if version not in readers:
+            raise ValueError(f"it has version {version}, expected 1 or 2")
+        if version == 2 and int.from_bytes(begin[8:12], "little") > MAX_HEADER:  # it would be read
+            raise ValueError("its header has no end")
+        shape, fortran, dtype = readers[version](file)
+    except (ValueError, EOFError) as error:
+        reason = one_line(str(error).partition("\n")[0])[:120]
+        if begin.startswith(b"version https://git-lfs"):
+            reason = "a Git LFS pointer: fetch the file itself, `git lfs pull`"
+        elif begin.lstrip().lower().startswith((b"<!doctype", b"<html")):
+            reason = "a web page: download the file itself"
+        raise DataError(f"{name}: not a .npy file: {reason}") from None
+    if dtype.hasobject or dtype.kind not in "biuf":
+        raise DataError(f"{name}: holds {dtype}, expected numbers")
+    if len(shape) > 3 or any(type(length) is not int or length < 0 for length in shape):
+        raise DataError(f"{name}: its header promises {list(shape)} numbers: not a shape")
+    return shape, fortran, dtype
 
 
 def read_scene(
@@ -124,10 +155,12 @@ def read_scene(
     problems: list[str] = []
     arrays = _read_arrays(folder, layout, wanted, problems)
     _check_lengths(arrays, problems)
+    if not problems:  # only now memory is taken, and later changes of the files do not matter
+        arrays = {n: a if n == "lang_feat" else np.array(a) for n, a in arrays.items()}
     notes = [] if notes is None else notes
     scene: Scene = {"name": folder.name}
     if not problems:
-        for name, array in arrays.items():
+        for name, array in recentred(arrays, notes).items():
             try:
                 scene[name] = MEANING[name](array, layout, notes)
             except DataError as error:
@@ -156,7 +189,7 @@ def _read_arrays(
                 missing.append(path.name)
             continue
         try:
-            arrays[name] = read_array(path, mapped=name == "lang_feat")
+            arrays[name] = read_array(path, mapped=True)
         except DataError as error:
             problems.append(str(error).removeprefix(f"{one_line(folder)}{os.sep}"))
         except OSError as error:

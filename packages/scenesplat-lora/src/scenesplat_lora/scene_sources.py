@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from scenesplat_lora.scene_values import LAYOUTS, Layout
 
 # Names that programs give to every result alike: point_cloud/iteration_30000/point_cloud.ply.
 NAMELESS = ("point_cloud", "splat", "scene", "ckpts", "ply")
+NUMBERED = ("iteration", "point_cloud")  # ply/point_cloud_29999.ply
 
 
 class Source(NamedTuple):
@@ -23,17 +25,28 @@ class Source(NamedTuple):
     name: str
     path: Path
 
-    def read(self, layout: Layout = LAYOUTS["generic"]) -> Scene:
+    def read(self, layout: Layout = LAYOUTS["generic"], wanted: Collection[str] = ()) -> Scene:
         """The scene's Gaussians, and the labels that a folder may have.
 
         Scales are those that the network is trained with, clipped as the layout has them.
+
+        Args:
+            wanted: what a folder must hold besides, as for `read_scene`.
 
         Raises:
             DataError: everything that is wrong with it.
         """
         if self.path.suffix != ".ply":
-            scene = read_scene(self.path, layout)
+            notes: list[str] = []
+            scene = read_scene(self.path, layout, wanted, notes)
+            for note in notes:
+                warnings.warn(f"{one_line(self.name)}: {note}", stacklevel=2)
         else:
+            if wanted:
+                raise DataError(
+                    f"{one_line(self.path)}: a .ply file of splats has no {', '.join(wanted)}, "
+                    "which the network takes: make a scene folder with it"
+                )
             scene = read_gaussians(self.path)
             scene["scale"] = (scene["scale"] / layout.unit).clip(*layout.scales)
         return scene | {"name": self.name}
@@ -95,4 +108,5 @@ def scene_name(file: Path, root: Path) -> str:
 
 
 def _nameless(part: str) -> bool:
-    return part in NAMELESS or (part.startswith("iteration_") and part[10:].isdecimal())
+    begin, _, number = part.rpartition("_")
+    return part in NAMELESS or (begin in NUMBERED and number.isdecimal())

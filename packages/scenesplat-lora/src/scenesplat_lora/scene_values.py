@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from lora_core.errors import DataError
 
 Array = NDArray[Any]
-FAR = 1e5  # metres; float32 has steps of 8 mm there, and of less than half a voxel below
+FAR = 1e4  # metres; float32 has steps of 1 mm there, a twentieth of a voxel
+BEYOND = 1e15  # metres; whole metres are no longer exact in float64
+HUGE = 0.1  # share of Gaussians whose scales may be cut without a word
 
 
 @dataclass(frozen=True)
@@ -63,14 +65,32 @@ def _floats(array: Array, width: int) -> NDArray[np.float32]:
     return values
 
 
+def recentred(arrays: dict[str, Array], notes: list[str]) -> dict[str, Array]:
+    """The arrays with `coord` and `pc_coord` counted from the scene's middle if it is far away.
+
+    Maps (UTM) have coordinates of 10^6 metres, which float32 rounds to 6 cm. Whole metres are
+    subtracted in float64, so that nothing is lost that the file has; both clouds move alike.
+    """
+    coord = arrays.get("coord")
+    if coord is None or coord.shape[1:] != (3,) or coord.dtype.kind not in "iuf" or not len(coord):
+        return arrays
+    box = np.array([coord.min(axis=0), coord.max(axis=0)], dtype=np.float64)
+    if not FAR < np.abs(box).max() < BEYOND:  # not with NaN either
+        return arrays
+    origin = np.round(box.mean(axis=0))
+    step = 0.0 if coord.dtype.kind != "f" else np.spacing(np.abs(box).max().astype(coord.dtype))
+    rounded = f"; {coord.dtype} has rounded them to {step:.2g} m already" if step > 1e-3 else ""
+    notes.append(
+        "coordinates far from the origin, as maps have them, were moved to it: by "
+        f"{', '.join(f'{-metres:.0f}' for metres in origin)} m{rounded}"
+    )
+    moved = {name: arrays[name] for name in ("coord", "pc_coord") if name in arrays}
+    fitting = {n: a for n, a in moved.items() if a.shape[1:] == (3,) and a.dtype.kind in "iuf"}
+    return arrays | {name: a.astype(np.float64) - origin for name, a in fitting.items()}
+
+
 def _coord(array: Array, layout: Layout, notes: list[str]) -> Array:
-    values = _floats(array, 3)
-    if np.abs(values).max() > FAR:
-        notes.append(
-            f"coordinates reach {np.abs(values).max():.3g} m, where float32 has lost the detail of "
-            f"a voxel: subtract an origin in float64 before writing them"
-        )
-    return values
+    return _floats(array, 3)
 
 
 def _color(array: Array, layout: Layout, notes: list[str]) -> Array:
@@ -79,7 +99,7 @@ def _color(array: Array, layout: Layout, notes: list[str]) -> Array:
     if low < 0 or high > 255:
         raise DataError(f"{low:.3g}..{high:.3g}, expected 0..255 (0.5 + 0.2821 f_dc, times 255)")
     if array.dtype.kind == "f" and 0 < high <= 1:
-        notes.append(f"colours {low:.3g}..{high:.3g} were taken as 0..1 and multiplied by 255")
+        notes.append(f"colours were taken as 0..1 and multiplied by 255: {low:.3g}..{high:.3g}")
         return values * 255
     return values
 
@@ -88,7 +108,8 @@ def _opacity(array: Array, layout: Layout, notes: list[str]) -> Array:
     values = _floats(array, 1)
     low, high = float(values.min()), float(values.max())
     if low < 0 or high > 1:
-        raise DataError(f"{low:.3g}..{high:.3g}, expected 0..1: are these logits? apply a sigmoid")
+        hint = "are these logits? apply a sigmoid" if low < 0 or high <= 30 else "divide by 255"
+        raise DataError(f"{low:.3g}..{high:.3g}, expected 0..1: {hint}")
     return values
 
 
@@ -99,22 +120,29 @@ def _scale(array: Array, layout: Layout, notes: list[str]) -> Array:
             f"{values.min():.3g}..{values.max():.3g}, expected metres above 0: "
             f"are these logarithms? apply exp"
         )
-    return np.clip(values / layout.unit, *layout.scales).astype(np.float32)
+    metres = values / layout.unit
+    cut = int((metres > layout.scales[1]).any(axis=1).sum())
+    if cut > HUGE * len(metres):
+        notes.append(
+            f"scales above {layout.scales[1]:g} m were cut, are they metres?: {cut} of "
+            f"{len(metres)} rows, up to {metres.max():.3g}"
+        )
+    return np.clip(metres, *layout.scales).astype(np.float32)
 
 
 def _quat(array: Array, layout: Layout, notes: list[str]) -> Array:
     values = _floats(array, 4)
-    norm = np.linalg.norm(values, axis=1, keepdims=True)
+    norm = np.linalg.norm(values.astype(np.float64), axis=1, keepdims=True)
     zero = int((norm == 0).sum())
     if zero:
         raise DataError(f"{zero} of {len(values)} rows are zero: not a rotation (w, x, y, z)")
     other = int((np.abs(norm - 1) > 1e-3).sum())
     if other:
-        notes.append(f"{other} of {len(values)} quaternions were brought to length 1")
-        values = values / norm
+        notes.append(f"quaternions were brought to length 1: {other} of {len(values)}")
+        values = (values / norm).astype(np.float32)
     negative = values[:, 0] < 0
     if negative.any():
-        notes.append(f"{int(negative.sum())} of {len(values)} quaternions were negated: w < 0")
+        notes.append(f"quaternions with w < 0 were negated: {int(negative.sum())} of {len(values)}")
         values = np.where(negative[:, None], -values, values)
     return values
 
@@ -142,7 +170,8 @@ def _instance(array: Array, layout: Layout, notes: list[str]) -> Array:
 
 
 def _features(array: Array, layout: Layout, notes: list[str]) -> Array:
-    if array.ndim != 2 or array.dtype.kind != "f":
+    # torch has no wider floating point numbers than float64.
+    if array.ndim != 2 or array.dtype.kind != "f" or array.dtype.itemsize > 8:
         raise DataError(f"{array.dtype} {list(array.shape)}, expected float16 [N, width]")
     return array
 

@@ -7,8 +7,8 @@ the result is that of `SubMConv3d` of spconv 2, whose weight layout [out, x, y, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lora_core.errors import DataError
+from scenesplat_lora import accelerators
 
-BLOCK = 2**18  # numbers of a block of gathered features: it stays in a processor's cache
+BLOCK = 4096  # rows whose sums are made together on a processor: its cache holds them
+Pairs = tuple[int, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,20 @@ class NeighbourMap:
 
     Attributes:
         kernel_size: k, odd.
-        pairs: for each of the k^3 offsets but the centre, (offset, targets, sources): source row
-            `sources[i]` stands at the offset from target row `targets[i]`. A target occurs once.
+        pairs: (offset, targets, sources) for the k^3 offsets but the centre: row `sources[i]` is
+            at the offset from row `targets[i]`. They come block by block of targets that lie side
+            by side in space; a target occurs once in each.
+        grid_coord, batch: integer [N, 3] and [N]: the voxels that this was made of.
+        unique: no two voxels coincide.
+        spconv_tables: what spconv keeps of them, where it is used.
     """
 
     kernel_size: int
-    pairs: tuple[tuple[int, Tensor, Tensor], ...]
+    pairs: tuple[Pairs, ...]
+    grid_coord: Tensor
+    batch: Tensor
+    unique: bool
+    spconv_tables: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
 # -- neighbours ----------------------------------------------------------------------------------
@@ -53,20 +63,55 @@ def find_neighbours(grid_coord: Tensor, batch: Tensor, kernel_size: int) -> Neig
         DataError: the batch spans more places than an int64 can number.
     """
     keys, strides = _keys(grid_coord, batch, kernel_size // 2)
-    sorted_keys, rows = torch.sort(keys, stable=True)
-    unique = bool((sorted_keys[1:] != sorted_keys[:-1]).all())
-    offsets = list(product(range(-(kernel_size // 2), kernel_size // 2 + 1), repeat=3))
+    keys, order = torch.sort(keys, stable=True)
+    unique = bool((keys[1:] != keys[:-1]).all())
+    rows = BLOCK if keys.device.type == "cpu" else len(keys)
+    places = _blocks(_pairs(keys, strides, kernel_size, unique), len(keys), rows)
+    pairs = tuple((i, order.index_select(0, a), order.index_select(0, b)) for i, a, b in places)
+    return NeighbourMap(kernel_size, pairs, grid_coord, batch, unique)
+
+
+def _pairs(
+    keys: Tensor, strides: tuple[int, int, int], kernel_size: int, unique: bool
+) -> Iterator[Pairs]:
+    """(offset, targets, sources) of each offset: places among the keys, which ascend.
+
+    Of equal keys the first is the source. Queries that ascend as well are found five times as fast
+    as others, and of those along z only the first is searched for: the place of key + 1 is the next
+    one, or the same where key is not there.
+    """
+    radius = kernel_size // 2
+    offsets = list(product(range(-radius, radius + 1), repeat=3))
     centre = len(offsets) // 2
-    pairs = []
+    places = found = keys
     for index, offset in enumerate(offsets[: centre if unique else None]):
         if index == centre:
             continue
-        step = sum(o * s for o, s in zip(offset, strides, strict=True))
-        targets, sources = _lookup(sorted_keys, rows, step)
-        pairs.append((index, targets, sources))
+        queries = keys + sum(o * s for o, s in zip(offset, strides, strict=True))
+        along_z = unique and offset[2] > -radius
+        places = places + found if along_z else torch.searchsorted(keys, queries)
+        nearest = places.clamp(max=len(keys) - 1)
+        found = keys.index_select(0, nearest) == queries
+        targets = found.nonzero().flatten()
+        sources = nearest.index_select(0, targets)
+        yield index, targets, sources
         if unique:  # source and target exchanged are the pairs of the opposite offset
-            pairs.append((len(offsets) - 1 - index, sources, targets))
-    return NeighbourMap(kernel_size, tuple(pairs))
+            yield len(offsets) - 1 - index, sources, targets
+
+
+def _blocks(pairs: Iterable[Pairs], count: int, rows: int) -> Iterator[Pairs]:
+    """The pairs of all offsets for the first `rows` targets, then for the next ones."""
+    pairs = [pair for pair in pairs if len(pair[1])]
+    if count <= rows:
+        yield from pairs
+        return
+    ends = torch.arange(rows, count + rows, rows)
+    cuts = [[0, *torch.searchsorted(t, ends.to(t.device)).tolist()] for _, t, _ in pairs]
+    for block in range(len(ends)):
+        for (index, targets, sources), cut in zip(pairs, cuts, strict=True):
+            part = slice(cut[block], cut[block + 1])
+            if part.start < part.stop:
+                yield index, targets[part], sources[part]
 
 
 def _keys(grid_coord: Tensor, batch: Tensor, radius: int) -> tuple[Tensor, tuple[int, int, int]]:
@@ -87,17 +132,6 @@ def _keys(grid_coord: Tensor, batch: Tensor, radius: int) -> tuple[Tensor, tuple
     for axis, size in enumerate((y_size, z_size, 1)):
         keys = (keys + grid[:, axis]) * size
     return keys, strides
-
-
-def _lookup(keys: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """Rows (a, b) with key(b) = key(a) + step, from keys in ascending order.
-
-    Queries that ascend as well are found five times as fast as others.
-    """
-    queries = keys + step
-    places = torch.searchsorted(keys, queries).clamp_(max=len(keys) - 1)
-    found = (keys[places] == queries).nonzero().flatten()
-    return rows[found], rows[places[found]]
 
 
 # -- convolution ---------------------------------------------------------------------------------
@@ -135,7 +169,10 @@ class SubmanifoldConv(nn.Module):
         dtype = torch.promote_types(feat.dtype, torch.float32)
         bias = None if self.bias is None else self.bias.to(dtype)
         with torch.autocast(feat.device.type, enabled=False):
-            out = convolve(feat.to(dtype), self.weight.to(dtype), bias, neighbours)
+            wide = feat.to(dtype)
+            fast = accelerators.spconv_fits(wide, neighbours)
+            function = accelerators.spconv_convolve if fast else convolve
+            out = function(wide, self.weight.to(dtype), bias, neighbours)
         return out.to(feat.dtype)
 
     def extra_repr(self) -> str:
@@ -159,11 +196,11 @@ class _Convolution(torch.autograd.Function):
     ) -> Tensor:
         ctx.neighbours = neighbours
         ctx.save_for_backward(feat if ctx.needs_input_grad[1] else None, weight)
-        taps = weight.flatten(1, 3).unbind(1)  # each [out, in]
+        taps = _taps(weight)
         centre = taps[len(taps) // 2].T
         out = feat @ centre if bias is None else torch.addmm(bias, feat, centre)
         for index, targets, sources in neighbours.pairs:
-            _add_product(out, targets, feat, sources, taps[index].T)
+            out.index_add_(0, targets, feat.index_select(0, sources) @ taps[index].T)
         return out
 
     @staticmethod
@@ -181,10 +218,13 @@ class _Convolution(torch.autograd.Function):
 
 
 def _feature_gradient(grad: Tensor, weight: Tensor, neighbours: NeighbourMap) -> Tensor:
-    taps = weight.flatten(1, 3).unbind(1)
+    taps = _taps(weight)
     out = grad @ taps[len(taps) // 2]
-    for index, targets, sources in neighbours.pairs:
-        _add_product(out, sources, grad, targets, taps[index])
+    pairs: Iterable[Pairs] = neighbours.pairs
+    if neighbours.unique:  # every pair is there in both directions: sum by blocks, too
+        pairs = ((len(taps) - 1 - index, b, a) for index, a, b in pairs)
+    for index, targets, sources in pairs:
+        out.index_add_(0, sources, grad.index_select(0, targets) @ taps[index])
     return out
 
 
@@ -192,21 +232,13 @@ def _weight_gradient(
     grad: Tensor, feat: Tensor, weight: Tensor, neighbours: NeighbourMap
 ) -> Tensor:
     out = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-    taps = out.flatten(1, 3).unbind(1)
+    taps = _taps(out)
     taps[len(taps) // 2].copy_(grad.T @ feat)
     for index, targets, sources in neighbours.pairs:
-        for block in _blocks(len(targets), max(weight.shape), grad.device):
-            taps[index].addmm_(grad[targets[block]].T, feat[sources[block]])
+        taps[index].addmm_(grad.index_select(0, targets).T, feat.index_select(0, sources))
     return out
 
 
-def _add_product(out: Tensor, to: Tensor, feat: Tensor, rows: Tensor, matrix: Tensor) -> None:
-    """out[to] += feat[rows] @ matrix."""
-    for block in _blocks(len(rows), max(matrix.shape), out.device):
-        out.index_add_(0, to[block], feat.index_select(0, rows[block]) @ matrix)
-
-
-def _blocks(rows: int, width: int, device: torch.device) -> Iterator[slice]:
-    """Cut rows so that a processor's cache holds what is gathered; a GPU takes them at once."""
-    step = max(1, BLOCK // width) if device.type == "cpu" else max(1, rows)
-    return (slice(start, start + step) for start in range(0, rows, step))
+def _taps(weight: Tensor) -> tuple[Tensor, ...]:
+    """The matrix [out, in] of each offset, as views."""
+    return weight.flatten(1, 3).unbind(1)

@@ -2,87 +2,34 @@
 
 Official: a tensor [classes, 768] in a `.pt` beside a `.txt` with one name per line. `.npz`: arrays
 `names` (text) and `embeddings`, and optionally `classes`. They are made with the text tower of
-SigLIP 2 (base, patch 16, 512) from prompts such as "this is a chair".
+SigLIP 2 (base, patch 16, 512) from prompts such as "this is a chair": see `siglip`.
 """
 
 from __future__ import annotations
 
 import zipfile
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lora_core.errors import DataError, one_line
 from lora_core.tensor_file import atomic_write, open_checkpoint, read_torch
+from scenesplat_lora.class_texts import TextEmbeddings, check_names, grouped, text_embeddings
+
+__all__ = [
+    "TextEmbeddings",
+    "check_names",
+    "grouped",
+    "read_names",
+    "read_text_embeddings",
+    "text_embeddings",
+    "write_text_embeddings",
+]
 
 LARGEST = 1_000_000_000  # bytes of a file of embeddings
-
-
-@dataclass(frozen=True)
-class TextEmbeddings:
-    """What rows are compared with.
-
-    Attributes:
-        names: of the classes.
-        features: float32 [P, D], L2-normalised, one per prompt.
-        classes: the class index of each prompt; as a rule 0 ... P - 1, one prompt per class.
-    """
-
-    names: tuple[str, ...]
-    features: Tensor
-    classes: tuple[int, ...]
-
-
-def text_embeddings(
-    names: Sequence[str], features: Tensor, classes: Sequence[int] | None = None, where: str = ""
-) -> TextEmbeddings:
-    """Check and normalise text embeddings.
-
-    Args:
-        features: [P, D] of any length. classes: class index of each prompt; None: one per class.
-        where: begin of messages, such as the file.
-
-    Raises:
-        DataError: everything that is wrong, in one message.
-    """
-    where = where and f"{where}: "
-    names = tuple(names)
-    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
-    if features.dim() != 2 or 0 in features.shape or not features.is_floating_point():
-        raise DataError(
-            f"{where}text embeddings are {features.dtype} {tuple(features.shape)}: expected "
-            "floating-point numbers, a row for each prompt"
-        )
-    problems = []
-    if repeated or not names:
-        problems.append(f"class names must be different and at least one: {repeated[:10]}")
-    if classes is None:
-        classes = range(len(features))
-        if len(names) != len(features):
-            problems.append(
-                f"{len(names)} class names for {len(features)} embeddings: give as many, or "
-                "`classes`, the class index of every embedding"
-            )
-    elif len(classes) != len(features):
-        problems.append(f"classes has {len(classes)} entries for {len(features)} embeddings")
-    elif set(classes) != set(range(len(names))):
-        problems.append(
-            f"classes must hold every index from 0 to {len(names) - 1}, found {classes}"
-        )
-    features = features.detach().float().cpu()
-    norms = features.norm(dim=1)
-    bad = torch.nonzero(~((norms > 0) & norms.isfinite())).flatten().tolist()
-    if bad:
-        problems.append(f"embeddings {bad[:10]} are zero or not finite")
-    if problems:
-        raise DataError("\n".join(where + problem for problem in problems))
-    return TextEmbeddings(names, F.normalize(features, dim=1), tuple(classes))
 
 
 def read_text_embeddings(
@@ -90,9 +37,12 @@ def read_text_embeddings(
     names: str | Path | Sequence[str] | None = None,
     classes: Sequence[int] | None = None,
 ) -> TextEmbeddings:
-    """Read a `.pt` or `.npz` of text embeddings; nothing in it is executed.
+    """Read a `.pt` or `.npz` of text embeddings, or make them with the text tower in a folder.
+
+    Nothing in a file is executed.
 
     Args:
+        path: the file, or the model folder of a SigLIP 2 (then `names` must be given).
         names: the class names, or a text file with one per line; None: from the `.npz`, or from
             the file of the same name that ends in `.txt`.
         classes: class index of each prompt, where several stand for one class.
@@ -102,6 +52,8 @@ def read_text_embeddings(
         CheckpointError: a file that is missing or damaged.
     """
     path = Path(path)
+    if path.is_dir():
+        return _from_folder(path, names, classes)
     if path.suffix == ".npz":
         features, own_names, own_classes = _read_npz(path)
         names, classes = own_names if names is None else names, classes or own_classes
@@ -110,11 +62,27 @@ def read_text_embeddings(
         if not isinstance(features, Tensor):
             raise DataError(f"{path} holds a {type(features).__name__}, expected one tensor")
     else:
-        raise DataError(f"{path}: text embeddings are read from .pt and .npz files")
+        raise DataError(
+            f"{path}: text embeddings are read from .pt and .npz files, or made by the SigLIP 2 in "
+            "a model folder"
+        )
     names = path.with_suffix(".txt") if names is None else names
     if isinstance(names, (str, Path)):
         names = read_names(names)
     return text_embeddings(names, features, classes, str(path))
+
+
+def _from_folder(
+    folder: Path, names: str | Path | Sequence[str] | None, classes: Sequence[int] | None
+) -> TextEmbeddings:
+    from scenesplat_lora.siglip import embed_texts
+
+    if names is None:
+        raise DataError(
+            f"{folder} is a folder: give the class names too, a text file with one per line"
+        )
+    found = embed_texts(folder, read_names(names) if isinstance(names, (str, Path)) else names)
+    return found if classes is None else grouped(found, classes)
 
 
 def read_names(path: str | Path) -> list[str]:
@@ -135,7 +103,18 @@ def read_names(path: str | Path) -> list[str]:
 
 
 def write_text_embeddings(path: str | Path, text: TextEmbeddings) -> None:
-    """Write an `.npz` that `read_text_embeddings` reads."""
+    """Write a file that `read_text_embeddings` reads.
+
+    `.npz`; or, by its ending, the official `.pt` with a `.txt` of names beside it, which has no
+    place for classes.
+
+    Raises:
+        DataError: several texts of one class in a `.pt`.
+    """
+    path = Path(path)
+    if path.suffix == ".pt":
+        _write_official(path, text)
+        return
     with atomic_write(path) as file:
         np.savez(
             file,
@@ -143,6 +122,17 @@ def write_text_embeddings(path: str | Path, text: TextEmbeddings) -> None:
             embeddings=text.features.numpy(),
             classes=np.array(text.classes, np.int64),
         )
+
+
+def _write_official(path: Path, text: TextEmbeddings) -> None:
+    if text.classes != tuple(range(len(text.names))):
+        raise DataError(f"{path}: a .pt has no place for several texts of a class: write an .npz")
+    names = path.with_suffix(".txt")
+    if not names.exists() or tuple(read_names(names)) != text.names:  # the user's own file stays
+        with atomic_write(names) as file:
+            file.write("".join(f"{name}\n" for name in text.names).encode())
+    with atomic_write(path) as file:
+        torch.save(text.features.contiguous(), file)
 
 
 def _read_npz(path: Path) -> tuple[Tensor, list[str] | None, list[int] | None]:

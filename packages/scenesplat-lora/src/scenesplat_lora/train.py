@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lora_core.errors import run as guarded
 from lora_core.guards import Guards
@@ -13,12 +14,13 @@ from lora_core.report import RunLog, copied_to, say
 from lora_core.run_folder import read_settings, travelling
 from scenesplat_lora.artifacts import (
     PATHS,
-    Artifacts,
-    Run,
+    artifacts_of,
     checkpoint_of,
     find_run,
-    new_run,
     refuse_existing,
+    run_in,
+    writable,
+    write_whole,
 )
 from scenesplat_lora.config import Config
 from scenesplat_lora.config_words import for_parser
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import TrainingArguments
 
+    from lora_core.epoch_run import Artifacts, EpochRun
     from lora_core.trainer import LoraTrainer
     from scenesplat_lora.data import Splits
 
@@ -62,8 +65,8 @@ def train(argv: Sequence[str]) -> int:
         UserError: settings, data or checkpoints that cannot be used; nothing is lost.
     """
     cfg, run = settings(argv)
-    place = run or Run.of(cfg)
-    ready(cfg, *place.problems(), *([] if run else [lambda: refuse_existing(cfg)]))
+    place = run or run_in(Path(cfg.save_path))
+    ready(cfg, writable(place), *([] if run else [lambda: refuse_existing(cfg)]))
     if cfg.dry_run:
         from scenesplat_lora import dry_run
 
@@ -77,11 +80,14 @@ def train(argv: Sequence[str]) -> int:
         return fit(cfg, run, device)
 
 
-def settings(argv: Sequence[str]) -> tuple[Config, Run | None]:
+def settings(argv: Sequence[str]) -> tuple[Config, EpochRun | None]:
     """Read the command line; a resumed run has its own settings, changed by flags given now."""
     about = {"prog": "scenesplat-lora train", "description": "Train a LoRA of SceneSplat."}
     with for_parser(argv) as words:
-        return read_settings(Config, words, find_run, **about)
+        cfg, run = read_settings(Config, words, find_run, **about)
+    from scenesplat_lora import model
+
+    return model.with_grid_size(cfg), run
 
 
 def ready(cfg: Config, *checks: Callable[[], object]) -> None:
@@ -108,7 +114,7 @@ def ready(cfg: Config, *checks: Callable[[], object]) -> None:
             lambda: objective.terms(cfg, needs.language),
             lambda: data.transform(cfg, needs, "train"),
             lambda: data.transform(cfg, needs, "val"),
-            lambda: validation.check_texts(text, needs, cfg.data.excluded),
+            lambda: validation.check_texts(text, needs, cfg),
         )
 
     preflight.check_all(
@@ -119,10 +125,11 @@ def ready(cfg: Config, *checks: Callable[[], object]) -> None:
     )
 
 
-def fit(cfg: Config, run: Run | None, device: torch.device) -> int:
+def fit(cfg: Config, run: EpochRun | None, device: torch.device) -> int:
     """Load data and weights, train, and write the results; the same in every process."""
     from lora_core.disk import check_space, folder_bytes
     from lora_core.distributed import first_rank_decides
+    from lora_core.epoch_run import start
     from lora_core.trainer import LoraTrainer
     from lora_core.training.arguments import choose_precision
     from scenesplat_lora import data, lora, memory, model, objective, validation
@@ -140,14 +147,15 @@ def fit(cfg: Config, run: Run | None, device: torch.device) -> int:
     use = memory.disk_use(net, cfg, updates, splits.val is not None)
     check_space(use, cfg.save_path, folder_bytes(run.folder) if run else 0)
     about = f"{splits}\n\n{lora.lora_summary(net)}"
-    run = run or first_rank_decides(lambda: new_run(cfg, about), device)
+    new = run_in(Path(cfg.save_path))
+    run = run or first_rank_decides(lambda: start(new, cfg, about), device)
     first_rank_decides(run.tidy, device)
     run.list_bad_samples(splits.bad, device)
 
     with copied_to(run.text):
         log = RunLog(run.folder, run.csv, COLUMNS, cfg.tensorboard)
         prints = {"data": data.fingerprint(splits), "base": model.base_of(net).fingerprint}
-        artifacts = Artifacts(run, net, cfg, updates, {"data": prints["data"]})
+        artifacts = artifacts_of(run, net, cfg, updates, {"data": prints["data"]})
         trainer = LoraTrainer(
             net,
             arguments(cfg, run, updates, device),
@@ -168,18 +176,18 @@ def fit(cfg: Config, run: Run | None, device: torch.device) -> int:
             may_change=MAY_CHANGE,
             resume_with=f"scenesplat-lora train --resume {run.folder}",
             advice=memory.advice(cfg),
-            callbacks=[objective.SkipEmpty()],
+            callbacks=objective.callbacks(cfg),
         )
         trainer.train(resume_from_checkpoint=checkpoint_of(run, cfg.resume) if cfg.resume else None)
         if trainer.already_done and run.summary.is_file():
             say(f"nothing was changed; results: {run.folder}")
             return 0
-        first_rank_decides(lambda: conclude(trainer, artifacts, splits), device)
+        first_rank_decides(lambda: conclude(trainer, artifacts, splits, cfg), device)
         log.close()
     return 0
 
 
-def arguments(cfg: Config, run: Run, updates: int, device: torch.device) -> TrainingArguments:
+def arguments(cfg: Config, run: EpochRun, updates: int, device: torch.device) -> TrainingArguments:
     """The configuration as transformers' TrainingArguments.
 
     Raises:
@@ -208,7 +216,7 @@ def arguments(cfg: Config, run: Run, updates: int, device: torch.device) -> Trai
     )
 
 
-def conclude(trainer: LoraTrainer, artifacts: Artifacts, splits: Splits) -> None:
+def conclude(trainer: LoraTrainer, artifacts: Artifacts, splits: Splits, cfg: Config) -> None:
     """Write the last files, and say where all is. Afterwards the network has the best adapter."""
     from lora_core.validate import samples
 
@@ -217,10 +225,11 @@ def conclude(trainer: LoraTrainer, artifacts: Artifacts, splits: Splits) -> None
     if best is None:
         say(f"{'no figure was measured' if splits.val else 'no validation scenes'}: "
             f"{run.best.name} is the last epoch")  # fmt: skip
-    artifacts.load_best(best["step"] if best else step)
-    merged = None
-    if artifacts.cfg.lora_training.merges:
-        merged = artifacts.merge(best["step"] if best else step)
+    chosen = best["step"] if best else step
+    artifacts.load_best(chosen)
+    if cfg.lora_training.merges and run.whole:
+        net: Any = trainer.network
+        write_whole(net, cfg, run.whole, chosen // artifacts.updates)
     artifacts.summary(
         steps=step,
         best_step=best and best["step"],
@@ -228,9 +237,11 @@ def conclude(trainer: LoraTrainer, artifacts: Artifacts, splits: Splits) -> None
         bad_samples=len(samples(splits.bad)),
         dropped_updates=trainer.dropped,
     )
+    for remark in splits.train.remarks():
+        say(f"note: {remark}")
     say(f"\nresults: {run.folder}\n  adapter: {run.best}\n  figures: {run.csv}")
-    if merged:
-        say(f"  merged model: {merged}")
+    if cfg.lora_training.merges:
+        say(f"  merged model: {run.whole}")
     run.say_left_out(splits.bad)
 
 

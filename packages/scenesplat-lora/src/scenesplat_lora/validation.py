@@ -1,4 +1,6 @@
-"""What a run measures while it trains: the loss, and the zero-shot mIoU where classes have texts.
+"""What a run measures while it trains: the loss, and the mIoU.
+
+For a language model the mIoU is the zero-shot one, where classes have texts.
 
 Voxels are measured, as the official evaluator of an epoch does; `scenesplat-lora evaluate` measures
 every Gaussian.
@@ -20,6 +22,7 @@ from scenesplat_lora.config import Config
 from scenesplat_lora.data import Needs, Splits, learnable_rows
 from scenesplat_lora.losses import distillation_loss, segmentation_loss
 from scenesplat_lora.metrics import Confusion, epoch_scores
+from scenesplat_lora.model import class_names
 from scenesplat_lora.zero_shot import label, probabilities
 
 if TYPE_CHECKING:
@@ -39,7 +42,7 @@ def texts(cfg: Config) -> TextEmbeddings | None:
     return read_text_embeddings(cfg.data.text_embeddings, cfg.data.class_names)
 
 
-def check_texts(text: TextEmbeddings | None, needs: Needs, excluded: list[str]) -> None:
+def check_texts(text: TextEmbeddings | None, needs: Needs, cfg: Config) -> None:
     """Compare texts with the model, and excluded names with the classes.
 
     Raises:
@@ -52,10 +55,10 @@ def check_texts(text: TextEmbeddings | None, needs: Needs, excluded: list[str]) 
             f"--data.text_embeddings have width {text.features.shape[1]}, the model's features "
             f"{needs.width}: they are of different models"
         )
-    table = _table(needs, text)
+    table = _table(needs, text, cfg)
     if table is not None:
-        table.foreground(excluded)
-    elif excluded:
+        table.foreground(cfg.data.excluded)
+    elif cfg.data.excluded:
         raise ConfigError("--data.excluded needs the classes of --data.text_embeddings")
 
 
@@ -68,7 +71,7 @@ def evaluation(
     scenes, terms = splits.val, objective.terms(cfg, needs.language)
 
     def evaluate(net: nn.Module) -> dict[str, float]:
-        table = _table(needs, text)
+        table = _table(needs, text, cfg)
         total, rows = 0.0, 0
         with _deployed(net, cfg.lora_training.merge_before_eval):
             for scene in scenes:
@@ -86,10 +89,11 @@ def evaluation(
     return evaluate
 
 
-def _table(needs: Needs, text: TextEmbeddings | None) -> Confusion | None:
+def _table(needs: Needs, text: TextEmbeddings | None, cfg: Config) -> Confusion | None:
     if needs.language:
         return None if text is None else Confusion(text.names)
-    return Confusion([f"class {number}" for number in range(needs.classes or 0)])
+    names = class_names(cfg)
+    return Confusion(names or [f"class {number}" for number in range(needs.classes or 0)])
 
 
 def _count(table: Confusion, out: Tensor, segment: Tensor, text: TextEmbeddings | None) -> None:

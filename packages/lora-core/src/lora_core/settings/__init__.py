@@ -260,7 +260,7 @@ def _take_flag(
         if leaf is None or (leaf.key != name and not (leaf.is_dict and all(name.split(".")))):
             raise ConfigError(_unknown(name, leaves, "--"))
         if leaf.is_dict:
-            path = name.split(".")[1:]
+            path = name.removeprefix(leaf.key).split(".")[1:]
             _put(given, leaf, path, True if value is None else config_file.value(str(value)))
             return
         if value is None and bool in config_types.kinds(leaf.hint):

@@ -18,10 +18,12 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from lora_core.adapters.read import read_adapter
 from lora_core.config import dump, parse
@@ -42,6 +44,7 @@ class Program:
         config: the class of its settings.
         examples: configuration files that the package shows.
         base, data, output: the settings that name the base, the data, and where runs go.
+        tensors: an adapter file -> its tensors, where a package has a form of its own.
     """
 
     main: Callable[[Sequence[str]], int]
@@ -52,6 +55,7 @@ class Program:
     base: str = "checkpoint"
     data: str = "data_root"
     output: str = "output_dir"
+    tensors: Callable[[Path], Mapping[str, Tensor]] = lambda path: read_adapter(path).tensors
 
     def run(self, argv: Sequence[str]) -> tuple[int, str, str]:
         """Exit status, stdout and stderr of one call."""
@@ -59,6 +63,26 @@ class Program:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             status = self.main(list(argv))
         return status, out.getvalue(), err.getvalue()
+
+    def adapters(self, folder: Path) -> dict[str, dict[str, bytes]]:
+        """Bits of all tensors of the final adapters below a folder, directories and single files.
+
+        Not the settings beside them, which say where a run lies.
+        """
+        folders = [path.parent for path in folder.rglob("adapter_model.safetensors")]
+        found: dict[str, Mapping[str, Tensor]] = {
+            path.name: read_adapter(path).tensors
+            for path in sorted(folders)
+            if not path.parent.name.startswith("checkpoint-")
+        }
+        for path in sorted(folder.rglob("*")):
+            whole = "merged" in path.name  # a whole model
+            if path.suffix in (".pt", ".pth", ".torch") and not whole:
+                found[path.name] = self.tensors(path)
+        return {
+            name: {key: tensor.numpy().tobytes() for key, tensor in tensors.items()}
+            for name, tensors in found.items()
+        }
 
 
 # -- settings --------------------------------------------------------------------------------------
@@ -140,13 +164,13 @@ def a_stopped_run_resumes_to_the_same_bits(program: Program, folder: Path) -> No
     assert figures(stopped) != figures(whole), "the run was not stopped before its end"
     status, out, err = program.run(program.resume(stopped))
     assert status == 0, err
-    assert adapters(stopped) == adapters(whole), "other adapters after the stop"
+    assert program.adapters(stopped) == program.adapters(whole), "other adapters after the stop"
     assert figures(stopped) == figures(whole), "other figures after the stop"
-    before = adapters(stopped)
+    before = program.adapters(stopped)
     status, out, err = program.run(program.resume(stopped))
     assert status == 0, err
     assert "already finished" in out, out
-    assert adapters(stopped) == before
+    assert program.adapters(stopped) == before
     assert figures(stopped) == figures(whole)
 
 
@@ -160,7 +184,7 @@ def a_killed_run_resumes_to_the_same_bits(program: Program, folder: Path) -> Non
         status, _, err = program.run(program.small(run))
     assert status == 143, err
     shutil.copytree(run, kept)
-    ends = adapters(whole), figures(whole)
+    ends = program.adapters(whole), figures(whole)
 
     def prepare() -> None:
         shutil.rmtree(run)
@@ -173,7 +197,7 @@ def a_killed_run_resumes_to_the_same_bits(program: Program, folder: Path) -> Non
     def check(n: int) -> None:
         where = f"killed at operation {n}, {done[n - 1]}"
         go_on()
-        assert adapters(run) == ends[0], f"other adapters: {where}"
+        assert program.adapters(run) == ends[0], f"other adapters: {where}"
         assert figures(run) == ends[1], f"other figures: {where}"
         scraps = [path for path in run.rglob("*") if is_scrap(path)]
         assert not scraps, f"{scraps} left: {where}"
@@ -210,21 +234,6 @@ def _listen(event: str, arguments: tuple[object, ...]) -> None:
         target = os.fsdecode(arguments[1])  # type: ignore[arg-type]
         if os.path.basename(target).startswith("checkpoint-"):
             os.kill(os.getpid(), _armed.pop())
-
-
-def adapters(folder: Path) -> dict[str, dict[str, bytes]]:
-    """Bits of all tensors of the final adapters below a folder, directories and single files; not
-    the settings beside them, which say where a run lies."""
-    directories = [path.parent for path in folder.rglob("adapter_model.safetensors")]
-    own = [path for path in directories if not path.parent.name.startswith("checkpoint-")]
-    files = [path for path in folder.rglob("*") if path.suffix in (".pt", ".torch")]
-    own += [path for path in files if "merged" not in path.name]  # whole models
-    return {
-        path.name: {
-            name: tensor.numpy().tobytes() for name, tensor in read_adapter(path).tensors.items()
-        }
-        for path in sorted(own)
-    }
 
 
 def figures(folder: Path) -> list[list[dict[str, str]]]:

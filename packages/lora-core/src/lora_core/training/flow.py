@@ -74,7 +74,8 @@ class Flow(TrainerCallback):
             check_scale(trainer.scaler, step)
             return
         rates = [group["lr"] for group in kwargs["optimizer"].param_groups]
-        if self.before and max(rates) > 0 and step not in trainer.dropped:
+        moves = max(rates) > 0 and step not in trainer.dropped and not trainer.shares.nothing
+        if self.before and moves:
             check_moved(trainer.network, self.before)
             self.before = None
 

@@ -90,6 +90,7 @@ class Shares:
         self.accumulation, self.count = args.gradient_accumulation_steps, count
         self._items: list[float] = []  # of the micro-batches of an update that are still to come
         self._mean = 1.0  # items per micro-batch of all processes
+        self.nothing = False  # whether no batch of the update has an item to learn from
 
     def begin(self, update: int, batches: Sequence[Any], device: torch.device) -> None:
         """Count the items of an update, given by its number since the beginning of the run."""
@@ -107,6 +108,7 @@ class Shares:
                 return
             self._items = [float(of) if n else 0.0 for of, n in zip(counts, samples, strict=True)]
             total = sum_over_ranks(sum(self._items), device)
+        self.nothing = total == 0
         self._mean = max(total, 1e-30) / (self.batches.world * len(batches))
 
     def _tell(

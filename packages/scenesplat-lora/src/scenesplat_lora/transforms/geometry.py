@@ -210,17 +210,31 @@ def distort(
         ConfigError: a scene too large for a noise grid this fine.
     """
     low = coord.min(axis=0)
-    nodes = ((coord.max(axis=0) - low) // granularity).astype(np.int64) + 3
-    if math.prod(nodes.tolist()) > MOST_NODES:
-        raise ConfigError(
-            f"ElasticDistortion: {' x '.join(map(str, nodes))} nodes every {granularity} m are too "
-            f"many for this scene: cut it into chunks, or take a larger granularity"
-        )
+    nodes = _nodes(coord.max(axis=0) - low, granularity)
+    problem = too_many_nodes(coord.max(axis=0) - low, granularity)
+    if problem:
+        raise ConfigError(problem)
     noise = rng.standard_normal((*nodes, 3), dtype=np.float32)
     for axis in (0, 1, 2) * 2:
         noise = box_filter(noise, axis)
     at = (coord - low) / granularity + 1
     return (coord + magnitude * trilinear(noise, at)).astype(np.float32)
+
+
+def too_many_nodes(sides: Array, granularity: float) -> str:
+    """What is wrong with a noise grid over a box [3] in metres, or ""."""
+    nodes = _nodes(sides, granularity).tolist()
+    if math.prod(nodes) <= MOST_NODES:
+        return ""
+    return (
+        f"ElasticDistortion: {' x '.join(map(str, nodes))} nodes every {granularity:g} m are too "
+        f"many (at most {MOST_NODES}): cut the scene into chunks, remove far outliers, or take a "
+        "larger granularity"
+    )
+
+
+def _nodes(sides: Array, granularity: float) -> NDArray[np.int64]:
+    return np.minimum(sides // granularity, 2.0**40).astype(np.int64) + 3
 
 
 def box_filter(values: Array, axis: int) -> Array:

@@ -188,7 +188,14 @@ def evaluation_transforms(
         {"type": "CenterShift", "apply_z": True},
         {"type": "NormalizeColor"},
         {"type": "Copy", "keys_dict": {name: COPIES[name] for name in copied}},
-        {"type": "GridSample", "grid_size": grid_size, "mode": "train", "return_inverse": True},
+        # Its cells are no voxels of the network: nothing limits how many there are.
+        {
+            "type": "GridSample",
+            "grid_size": grid_size,
+            "mode": "train",
+            "return_inverse": True,
+            "return_grid_coord": False,
+        },
     ]
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 
+from lora_core.errors import ConfigError
 from scenesplat_lora.scene import Scene, row_count, take_rows
 
 
@@ -37,7 +38,12 @@ def sphere_crop(
     """The `point_max` rows nearest to a random row, or to row n // 2; nearest first.
 
     A scene that is small enough stays as it is.
+
+    Raises:
+        ConfigError: `point_max` is below 1, which leaves nothing.
     """
+    if point_max < 1:
+        raise ConfigError(f"SphereCrop: point_max is {point_max}: it must be at least 1")
     rows = row_count(scene)
     if rows <= point_max:
         return scene

@@ -15,7 +15,6 @@ model = dict(
 
 data = dict(
     layout="scannet",
-    grid_size=0.02,
     point_max=192000,
     train=dict(split="train_grid1.0cm_chunk6x6_stride3x3", data_root="data/scannet_mcmc"),
     val=dict(split="val"),
