@@ -21,22 +21,22 @@ import torch
 from torch import Tensor, nn
 
 from scenesplat_lora import demo
-from scenesplat_lora.collate import collate
 from scenesplat_lora.demo_base import rooms
-from scenesplat_lora.description import Description
+from scenesplat_lora.language.zero_shot import label, probabilities
 from scenesplat_lora.losses import Term, distillation_loss
 from scenesplat_lora.metrics import Confusion, class_scores, final_scores
-from scenesplat_lora.models import LangPretrainer
-from scenesplat_lora.official import load_official, write_official
-from scenesplat_lora.ptv3_config import CURVES, PTv3Config
-from scenesplat_lora.scene import Scene
+from scenesplat_lora.network.description import Description
+from scenesplat_lora.network.models import LangPretrainer
+from scenesplat_lora.network.official import load_official, write_official
+from scenesplat_lora.network.ptv3_config import CURVES, PTv3Config
+from scenesplat_lora.scenes.collate import collate
+from scenesplat_lora.scenes.scene import Scene
 from scenesplat_lora.schedule import OneCycle, set_one_cycle
 from scenesplat_lora.transforms.pipeline import (
     LANGUAGE_KEYS,
     compose,
     validation_transforms,
 )
-from scenesplat_lora.zero_shot import label, probabilities
 
 SEED = 50260  # of initial weights, rooms and augmentation of training
 CHOICE_SEED = 6  # of the rooms that are scored while it trains

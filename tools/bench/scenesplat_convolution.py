@@ -26,7 +26,7 @@ from measure import markdown, timed
 from scenesplat_rooms import room
 from torch import Tensor
 
-from scenesplat_lora.submanifold import convolve, find_neighbours
+from scenesplat_lora.network.submanifold import convolve, find_neighbours
 
 Variants = dict[str, Callable[[], Any]]
 

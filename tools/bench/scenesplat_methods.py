@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from scenesplat_lora import lora, losses
 from scenesplat_lora.config import DISTILLATION
-from scenesplat_lora.frozen_norms import freeze_statistics
-from scenesplat_lora.models import LangPretrainer
 from scenesplat_lora.names import chosen_layers
+from scenesplat_lora.network.frozen_norms import freeze_statistics
+from scenesplat_lora.network.models import LangPretrainer
+from scenesplat_lora.network.ptv3_config import LANGUAGE, PTv3Config
 from scenesplat_lora.presets import LoraChoice
-from scenesplat_lora.ptv3_config import LANGUAGE, PTv3Config
 
 DEPTHS = {
     "short": ((1, 1, 1, 1), (1, 1, 1)),

@@ -17,7 +17,7 @@ from lora_core.testing.no_device import no_device
 from scenesplat_lora.__main__ import main
 from scenesplat_lora.config import Config
 from scenesplat_lora.data import Needs, Splits, load
-from scenesplat_lora.scene_files import write_scene
+from scenesplat_lora.scenes.files import write_scene
 
 ROWS = 60
 

@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from scenesplat_lora.models import LangPretrainer
-from scenesplat_lora.point_batch import PointBatch
-from scenesplat_lora.ptv3_config import CURVES, PTv3Config
+from scenesplat_lora.network.models import LangPretrainer
+from scenesplat_lora.network.point_batch import PointBatch
+from scenesplat_lora.network.ptv3_config import CURVES, PTv3Config
 
 TINY = PTv3Config(
     in_channels=5,

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from scenesplat_lora.pinhole import View
-from scenesplat_lora.scene_files import write_scene
+from scenesplat_lora.posed.pinhole import View
+from scenesplat_lora.scenes.files import write_scene
 
 SIZE = (48, 64)  # height and width of the images
 FOCAL = 50.0

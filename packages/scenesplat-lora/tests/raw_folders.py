@@ -9,7 +9,7 @@ from typing import Any
 import made_scenes
 import numpy as np
 
-from scenesplat_lora.ply import write_gaussians
+from scenesplat_lora.scenes.ply import write_gaussians
 
 SIDE = 12  # vertices along each side of the floor
 STEP = 0.2  # metres between them

@@ -11,11 +11,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_core.errors import ConfigError
-from scenesplat_lora import accelerators
-from scenesplat_lora.attention import SerializedAttention
-from scenesplat_lora.point_set import PointSet, point_set
-from scenesplat_lora.ptv3_config import CURVES
-from scenesplat_lora.submanifold import NeighbourMap, SubmanifoldConv, convolve, find_neighbours
+from scenesplat_lora.network import accelerators
+from scenesplat_lora.network.attention import SerializedAttention
+from scenesplat_lora.network.point_set import PointSet, point_set
+from scenesplat_lora.network.ptv3_config import CURVES
+from scenesplat_lora.network.submanifold import (
+    NeighbourMap,
+    SubmanifoldConv,
+    convolve,
+    find_neighbours,
+)
 
 NAMES = sorted(accelerators.MODULES)
 gpu = pytest.mark.gpu

@@ -9,10 +9,10 @@ from tiny_network import voxels
 from torch import Tensor
 
 from lora_core.testing import load_golden
-from scenesplat_lora.attention import SerializedAttention
-from scenesplat_lora.point_batch import PointBatch
-from scenesplat_lora.point_set import PointSet, point_set
-from scenesplat_lora.ptv3_config import CURVES
+from scenesplat_lora.network.attention import SerializedAttention
+from scenesplat_lora.network.point_batch import PointBatch
+from scenesplat_lora.network.point_set import PointSet, point_set
+from scenesplat_lora.network.ptv3_config import CURVES
 
 CASE = load_golden(Path(__file__).parent / "goldens" / "attention")
 RECORDED = {case["tag"]: case for case in CASE.config["cases"]}

@@ -12,8 +12,9 @@ import posed_scenes
 import pytest
 import torch
 
-from scenesplat_lora import back_projection, splat_depth
-from scenesplat_lora.back_projection import (
+from scenesplat_lora.demo_base import rooms
+from scenesplat_lora.posed import back_projection, splat_depth
+from scenesplat_lora.posed.back_projection import (
     Labelled,
     Sight,
     Votes,
@@ -21,9 +22,8 @@ from scenesplat_lora.back_projection import (
     seen_from,
     unit_rows,
 )
-from scenesplat_lora.demo_base import rooms
-from scenesplat_lora.pinhole import View
-from scenesplat_lora.splat_depth import depth_map, project, splats
+from scenesplat_lora.posed.pinhole import View
+from scenesplat_lora.posed.splat_depth import depth_map, project, splats
 
 # -- depth -----------------------------------------------------------------------------------------
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from lora_core.testing import load_golden
 from scenesplat_lora import lora
-from scenesplat_lora.blocks import Block, BlockSettings, DropPath
-from scenesplat_lora.point_batch import PointBatch
-from scenesplat_lora.point_set import point_set
+from scenesplat_lora.network.blocks import Block, BlockSettings, DropPath
+from scenesplat_lora.network.point_batch import PointBatch
+from scenesplat_lora.network.point_set import point_set
 
 CASE = load_golden(Path(__file__).parent / "goldens" / "block")
 

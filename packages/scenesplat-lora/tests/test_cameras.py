@@ -15,8 +15,8 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from lora_core.errors import DataError
-from scenesplat_lora.cameras import camera_file, read_views
-from scenesplat_lora.pinhole import View
+from scenesplat_lora.posed.cameras import camera_file, read_views
+from scenesplat_lora.posed.pinhole import View
 
 VIEWS = posed_scenes.VIEWS
 HEAD = {"w": 64, "h": 48, "fl_x": 50, "fl_y": 50, "cx": 32, "cy": 24}

@@ -10,8 +10,8 @@ from made_scenes import made_scene
 
 from lora_core.errors import ConfigError
 from lora_core.testing import load_golden
-from scenesplat_lora.chunking import Chunks, cut_scene, one_per_cell, windows
-from scenesplat_lora.grid_sample import voxelise
+from scenesplat_lora.scenes.chunking import Chunks, cut_scene, one_per_cell, windows
+from scenesplat_lora.scenes.grid_sample import voxelise
 
 CASE = load_golden(Path(__file__).parent / "goldens" / "chunking")
 

@@ -10,8 +10,8 @@ import torch
 from made_scenes import made_scene
 
 from lora_core.errors import DataError
-from scenesplat_lora.collate import collate, collate_mixed, mixed_offset
-from scenesplat_lora.point_batch import PointBatch
+from scenesplat_lora.network.point_batch import PointBatch
+from scenesplat_lora.scenes.collate import collate, collate_mixed, mixed_offset
 from scenesplat_lora.transforms import compose, validation_transforms
 
 

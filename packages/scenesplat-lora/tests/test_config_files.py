@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lora_core.errors import ConfigError
-from scenesplat_lora.config_files import merged, packaged, read_config
+from scenesplat_lora.settings.files import merged, packaged, read_config
 
 CASE: dict[str, Any] = json.loads(
     (Path(__file__).parent / "goldens" / "config_system" / "config.json").read_text()

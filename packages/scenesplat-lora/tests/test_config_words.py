@@ -11,8 +11,8 @@ import pytest
 from lora_core.config import parse
 from lora_core.errors import ConfigError
 from scenesplat_lora.config import Config
-from scenesplat_lora.config_files import find
-from scenesplat_lora.config_words import file_settings, for_parser
+from scenesplat_lora.settings.files import find
+from scenesplat_lora.settings.words import file_settings, for_parser
 
 GUIDE = "configs/scannet/lora-finetune-scannet-mcmc.py"
 

@@ -10,8 +10,8 @@ from lora_models import tiny_batch, tiny_model
 
 from lora_core import testing
 from lora_core.config import LoraConfig
-from scenesplat_lora.frozen_norms import freeze_statistics
-from scenesplat_lora.models import LangPretrainer
+from scenesplat_lora.network.frozen_norms import freeze_statistics
+from scenesplat_lora.network.models import LangPretrainer
 
 
 def model_with_fixed_statistics() -> LangPretrainer:

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from scenesplat_lora import demo, load_official
-from scenesplat_lora.collate import collate
 from scenesplat_lora.demo_base import rooms
+from scenesplat_lora.language.zero_shot import label, probabilities
 from scenesplat_lora.metrics import Confusion, final_scores
+from scenesplat_lora.scenes.collate import collate
 from scenesplat_lora.transforms import compose
 from scenesplat_lora.transforms.pipeline import LANGUAGE_KEYS, validation_transforms
-from scenesplat_lora.zero_shot import label, probabilities
 
 ROOMS = 8  # of the card's 50
 MARGIN = 0.05  # the sample is a part of the card's, and machines round differently

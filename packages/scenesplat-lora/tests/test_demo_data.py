@@ -9,9 +9,9 @@ import torch
 from lora_core.errors import DataError
 from scenesplat_lora import demo
 from scenesplat_lora.demo_base import rooms
-from scenesplat_lora.official import load_official
-from scenesplat_lora.scene_files import list_scenes, read_scene
-from scenesplat_lora.text_embeddings import read_text_embeddings
+from scenesplat_lora.language.text_embeddings import read_text_embeddings
+from scenesplat_lora.network.official import load_official
+from scenesplat_lora.scenes.files import list_scenes, read_scene
 
 FEW = {"train": 2, "val": 1, "test": 1}
 

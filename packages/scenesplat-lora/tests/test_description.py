@@ -19,12 +19,12 @@ from lora_core.errors import CheckpointError
 from scenesplat_lora import demo, load_official
 from scenesplat_lora import model as models
 from scenesplat_lora.config import Config
-from scenesplat_lora.config_words import for_parser
 from scenesplat_lora.demo_base import rooms
-from scenesplat_lora.description import KEY, RELEASED_GRID, Description, base_grid_size
 from scenesplat_lora.evaluate import Options
-from scenesplat_lora.models import LangPretrainer
-from scenesplat_lora.official import read_official, write_official
+from scenesplat_lora.network.description import KEY, RELEASED_GRID, Description, base_grid_size
+from scenesplat_lora.network.models import LangPretrainer
+from scenesplat_lora.network.official import read_official, write_official
+from scenesplat_lora.settings.words import for_parser
 
 SAID = Description(lora_models.TINY, 0.1, ("wall", "floor"))
 

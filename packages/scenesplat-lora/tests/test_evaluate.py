@@ -13,14 +13,14 @@ import use_fixtures as made
 
 from lora_core.errors import CheckpointError, ConfigError, DataError
 from scenesplat_lora import evaluate
-from scenesplat_lora.grid_sample import voxelise
 from scenesplat_lora.labelling import Labelling, label_scene
+from scenesplat_lora.language.text_embeddings import text_embeddings
+from scenesplat_lora.language.zero_shot import vote
 from scenesplat_lora.lora import load_lora_checkpoint
 from scenesplat_lora.metrics import Confusion, epoch_scores, final_scores
-from scenesplat_lora.scene_files import list_scenes, read_scene
-from scenesplat_lora.text_embeddings import text_embeddings
+from scenesplat_lora.scenes.files import list_scenes, read_scene
+from scenesplat_lora.scenes.grid_sample import voxelise
 from scenesplat_lora.transforms.geometry import center_shift
-from scenesplat_lora.zero_shot import vote
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import tiny_scenes
 
 from lora_core.errors import DataError
 from lora_core.testing.no_device import no_device
-from scenesplat_lora.scene_files import read_scene
+from scenesplat_lora.scenes.files import read_scene
 from scenesplat_lora.transforms.geometry import center_shift
 
 ROWS = faulty.ROWS

@@ -16,12 +16,13 @@ import use_fixtures
 from made_scenes import made_scene
 
 from lora_core.errors import DataError, NumericError
-from scenesplat_lora import collate, labelling
+from scenesplat_lora import labelling
 from scenesplat_lora.data import DRAWS
 from scenesplat_lora.labelling import Labelling, label_scene
+from scenesplat_lora.language.text_embeddings import text_embeddings
 from scenesplat_lora.losses import Term, distillation_loss, segmentation_loss
-from scenesplat_lora.official import read_official, write_official
-from scenesplat_lora.text_embeddings import text_embeddings
+from scenesplat_lora.network.official import read_official, write_official
+from scenesplat_lora.scenes import collate
 
 RNG = np.random.default_rng(0)
 SMALL = {  # metres; voxels have 5 cm, patches 32 rows or more

@@ -12,10 +12,10 @@ import use_fixtures
 from made_scenes import made_scene
 
 import scenesplat_lora
-from scenesplat_lora.collate import collate
 from scenesplat_lora.labelling import Labelling, label_scene
 from scenesplat_lora.metrics import Confusion, class_scores, epoch_scores, final_scores
-from scenesplat_lora.point_batch import PointBatch
+from scenesplat_lora.network.point_batch import PointBatch
+from scenesplat_lora.scenes.collate import collate
 
 FOREIGN = {"spconv", "cumm", "flash_attn", "torch_scatter", "pointops", "MinkowskiEngine"}
 

@@ -32,10 +32,10 @@ from scenesplat_lora import (
     save_lora_checkpoint,
 )
 from scenesplat_lora.config import Config
-from scenesplat_lora.config_words import for_parser
-from scenesplat_lora.description import Description
-from scenesplat_lora.official import write_official
-from scenesplat_lora.ptv3_config import CURVES
+from scenesplat_lora.network.description import Description
+from scenesplat_lora.network.official import write_official
+from scenesplat_lora.network.ptv3_config import CURVES
+from scenesplat_lora.settings.words import for_parser
 
 COMMANDS = [
     r"""

@@ -16,10 +16,10 @@ from PIL import Image
 
 from lora_core.errors import ConfigError, DataError
 from scenesplat_lora import prepare
-from scenesplat_lora.mask_crops import mask_features, masked_box, square_box
-from scenesplat_lora.scene_files import read_scene
-from scenesplat_lora.siglip_images import open_vision_tower
-from scenesplat_lora.text_embeddings import text_embeddings, write_text_embeddings
+from scenesplat_lora.language.siglip_images import open_vision_tower
+from scenesplat_lora.language.text_embeddings import text_embeddings, write_text_embeddings
+from scenesplat_lora.posed.mask_crops import mask_features, masked_box, square_box
+from scenesplat_lora.scenes.files import read_scene
 
 FEATURES = np.array([[3, 0, 4, 0], [0, 2, 0, 0]], np.float16)
 UNIT = FEATURES / np.linalg.norm(FEATURES.astype(np.float32), axis=1, keepdims=True)
@@ -145,7 +145,7 @@ def test_masks_count_by_their_confidence(tmp_path: Path) -> None:
 def test_cameras_of_a_world_that_was_turned_and_scaled_are_turned_too(tmp_path: Path) -> None:
     """Splats went through `prepare ply --up y_down --unit 2`; the cameras did not."""
     from scenesplat_lora.prepare_ply import placed
-    from scenesplat_lora.scene_files import write_scene
+    from scenesplat_lora.scenes.files import write_scene
 
     write_scene(
         tmp_path / "data" / "train" / "office", placed(posed_scenes.two_planes(), "y_down", 2)

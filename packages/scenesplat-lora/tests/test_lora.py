@@ -14,7 +14,6 @@ from lora_core.errors import ConfigError
 from lora_core.injection import adapters_off, lora_layers
 from lora_core.testing import load_golden
 from lora_core.testing.goldens import assert_close_golden
-from scenesplat_lora import prompt_mlp
 from scenesplat_lora.lora import (
     get_lora_parameters,
     inject_choice,
@@ -28,10 +27,11 @@ from scenesplat_lora.lora import (
     print_lora_summary,
     remove_lora,
 )
-from scenesplat_lora.point_batch import PointBatch
+from scenesplat_lora.network import prompt_mlp
+from scenesplat_lora.network.point_batch import PointBatch
+from scenesplat_lora.network.ptv3 import PointTransformerV3
+from scenesplat_lora.network.ptv3_config import LANGUAGE, PTv3Config
 from scenesplat_lora.presets import PRESETS, LoraChoice
-from scenesplat_lora.ptv3 import PointTransformerV3
-from scenesplat_lora.ptv3_config import LANGUAGE, PTv3Config
 
 GOLDENS = Path(__file__).parent / "goldens"
 LINEAR, NETWORK = load_golden(GOLDENS / "lora_linear"), load_golden(GOLDENS / "lora_ptv3")

@@ -27,9 +27,9 @@ from scenesplat_lora.lora import (
     mark_only_lora_as_trainable,
     save_lora_checkpoint,
 )
-from scenesplat_lora.models import DefaultSegmentorV2
-from scenesplat_lora.official import load_official, read_official, write_official
-from scenesplat_lora.ptv3_config import PTv3Config
+from scenesplat_lora.network.models import DefaultSegmentorV2
+from scenesplat_lora.network.official import load_official, read_official, write_official
+from scenesplat_lora.network.ptv3_config import PTv3Config
 
 CONFIG = PTv3Config(**tiny_scenes.SETTINGS)
 CLASSES = 5

@@ -3,7 +3,7 @@
 import torch
 from tiny_network import tiny_config, voxels
 
-from scenesplat_lora.models import DefaultSegmentorV2, LangPretrainer
+from scenesplat_lora.network.models import DefaultSegmentorV2, LangPretrainer
 
 
 @torch.no_grad()

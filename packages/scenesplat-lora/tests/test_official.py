@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from lora_core import LoraConfig, inject
 from lora_core.errors import CheckpointError
 from lora_core.merged_file import same_bits
-from scenesplat_lora import official
-from scenesplat_lora.models import DefaultSegmentorV2, LangPretrainer
-from scenesplat_lora.official import (
+from scenesplat_lora.network import official
+from scenesplat_lora.network.models import DefaultSegmentorV2, LangPretrainer
+from scenesplat_lora.network.official import (
     build_model,
     compare,
     load_official,
@@ -27,7 +27,7 @@ from scenesplat_lora.official import (
     to_official,
     write_official,
 )
-from scenesplat_lora.ptv3_config import LANGUAGE, SEGMENTATION, PTv3Config
+from scenesplat_lora.network.ptv3_config import LANGUAGE, SEGMENTATION, PTv3Config
 
 KEYS = Path(__file__).parent / "goldens" / "keys"
 

@@ -10,7 +10,7 @@ import pytest
 from test_config_files import CASE, plain, recorded
 
 from lora_core.errors import ConfigError
-from scenesplat_lora.options import apply_options, parse_options, parse_value
+from scenesplat_lora.settings.options import apply_options, parse_options, parse_value
 
 
 def test_the_recorded_words_give_the_recorded_values() -> None:

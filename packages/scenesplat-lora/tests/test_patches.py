@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lora_core.testing import load_golden
-from scenesplat_lora.patches import PatchTable, fixed_patch_size, partition
+from scenesplat_lora.network.patches import PatchTable, fixed_patch_size, partition
 
 CASE = load_golden(Path(__file__).parent / "goldens" / "patch_padding")
 

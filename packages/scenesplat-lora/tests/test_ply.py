@@ -10,7 +10,8 @@ import raw_folders
 from made_scenes import made_scene
 
 from lora_core.errors import DataError
-from scenesplat_lora.ply import (
+from scenesplat_lora.scenes.files import read_scene, write_scene
+from scenesplat_lora.scenes.ply import (
     read_gaussians,
     read_triangles,
     read_vertices,
@@ -18,7 +19,6 @@ from scenesplat_lora.ply import (
     write_points,
     write_vertices,
 )
-from scenesplat_lora.scene_files import read_scene, write_scene
 
 RAW = {
     "x": [1.5, -2.0], "y": [0.0, 3.0], "z": [0.25, -1.0], "nx": [0, 0], "opacity": [0.0, 2.0],

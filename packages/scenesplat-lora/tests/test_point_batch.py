@@ -8,7 +8,7 @@ import torch
 from tiny_network import voxels
 
 from lora_core.errors import DataError
-from scenesplat_lora.point_batch import PointBatch, cloud_of_rows, voxels_of
+from scenesplat_lora.network.point_batch import PointBatch, cloud_of_rows, voxels_of
 
 BATCH = voxels(30, 20)
 

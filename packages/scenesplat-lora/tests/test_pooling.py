@@ -9,16 +9,16 @@ from tiny_network import voxels
 from torch import nn
 
 from lora_core.testing import load_golden
-from scenesplat_lora.point_batch import PointBatch
-from scenesplat_lora.point_set import PointSet, point_set
-from scenesplat_lora.pooling import (
+from scenesplat_lora.network.point_batch import PointBatch
+from scenesplat_lora.network.point_set import PointSet, point_set
+from scenesplat_lora.network.pooling import (
     SerializedPooling,
     SerializedUnpooling,
     pool_points,
     reduce_rows,
     spread_rows,
 )
-from scenesplat_lora.ptv3_config import CURVES
+from scenesplat_lora.network.ptv3_config import CURVES
 
 CASE = load_golden(Path(__file__).parent / "goldens" / "pooling")
 RECORDED = {case["tag"]: case for case in CASE.config["cases"]}

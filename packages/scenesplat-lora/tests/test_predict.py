@@ -13,9 +13,9 @@ from PIL import Image
 from lora_core.errors import ConfigError, DataError
 from scenesplat_lora import predict
 from scenesplat_lora.picture import label_colours
-from scenesplat_lora.ply import read_vertices, write_gaussians
-from scenesplat_lora.scene_files import read_scene
-from scenesplat_lora.scene_sources import find_sources
+from scenesplat_lora.scenes.files import read_scene
+from scenesplat_lora.scenes.ply import read_vertices, write_gaussians
+from scenesplat_lora.scenes.sources import find_sources
 
 
 @pytest.fixture

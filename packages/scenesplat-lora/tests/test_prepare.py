@@ -16,15 +16,15 @@ import torch
 
 from lora_core.errors import ConfigError, DataError
 from scenesplat_lora import prepare
-from scenesplat_lora.chunking import Chunks, cut_scene
-from scenesplat_lora.grid_sample import voxelise
-from scenesplat_lora.ply import write_gaussians
+from scenesplat_lora.language.text_embeddings import text_embeddings, write_text_embeddings
 from scenesplat_lora.prepare_lang_feat import class_features, nearest_labels
 from scenesplat_lora.prepare_ply import placed
-from scenesplat_lora.scene_facts import scene_facts
-from scenesplat_lora.scene_files import list_scenes, read_scene, write_scene
-from scenesplat_lora.scene_values import LAYOUTS
-from scenesplat_lora.text_embeddings import text_embeddings, write_text_embeddings
+from scenesplat_lora.scenes.chunking import Chunks, cut_scene
+from scenesplat_lora.scenes.facts import scene_facts
+from scenesplat_lora.scenes.files import list_scenes, read_scene, write_scene
+from scenesplat_lora.scenes.grid_sample import voxelise
+from scenesplat_lora.scenes.ply import write_gaussians
+from scenesplat_lora.scenes.values import LAYOUTS
 
 CHUNK = ["--split", "train", "--chunk_minimum_size", "20", "--grid_size", "0.05"]
 

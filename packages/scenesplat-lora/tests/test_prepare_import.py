@@ -12,13 +12,13 @@ import raw_folders as raw
 
 from lora_core.errors import ConfigError, DataError
 from scenesplat_lora import prepare
-from scenesplat_lora.ply import read_gaussians
 from scenesplat_lora.prepare_ply import main as prepare_ply
-from scenesplat_lora.raw_matterport import of_vertices
-from scenesplat_lora.raw_scannet import NYU40_OF_20, classes_of
-from scenesplat_lora.raw_scannetpp import class_numbers
-from scenesplat_lora.scene_files import list_scenes, read_scene
-from scenesplat_lora.scene_values import LAYOUTS
+from scenesplat_lora.raw.matterport import of_vertices
+from scenesplat_lora.raw.scannet import NYU40_OF_20, classes_of
+from scenesplat_lora.raw.scannetpp import class_numbers
+from scenesplat_lora.scenes.files import list_scenes, read_scene
+from scenesplat_lora.scenes.ply import read_gaussians
+from scenesplat_lora.scenes.values import LAYOUTS
 
 A, B = "scene0000_00", "scene0011_01"
 

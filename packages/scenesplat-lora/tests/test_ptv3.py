@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from lora_core.errors import ConfigError, DataError
 from lora_core.testing import load_golden
-from scenesplat_lora.models import DefaultSegmentorV2, LangPretrainer
-from scenesplat_lora.point_batch import PointBatch
-from scenesplat_lora.ptv3 import PointTransformerV3, stages_of
-from scenesplat_lora.ptv3_config import LANGUAGE, SEGMENTATION, PTv3Config
+from scenesplat_lora.network.models import DefaultSegmentorV2, LangPretrainer
+from scenesplat_lora.network.point_batch import PointBatch
+from scenesplat_lora.network.ptv3 import PointTransformerV3, stages_of
+from scenesplat_lora.network.ptv3_config import LANGUAGE, SEGMENTATION, PTv3Config
 
 GOLDENS = Path(__file__).parent / "goldens"
 CASE = load_golden(GOLDENS / "ptv3_tiny")

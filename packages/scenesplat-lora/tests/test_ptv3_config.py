@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lora_core.errors import ConfigError
-from scenesplat_lora.ptv3_config import LANGUAGE, PTv3Config
+from scenesplat_lora.network.ptv3_config import LANGUAGE, PTv3Config
 
 
 def test_lists_and_a_single_curve_become_tuples() -> None:
@@ -52,6 +52,7 @@ def test_all_problems_come_together() -> None:
 
 def test_settings_do_not_import_torch() -> None:
     code = (
-        "import sys, scenesplat_lora, scenesplat_lora.ptv3_config; sys.exit('torch' in sys.modules)"
+        "import sys, scenesplat_lora, scenesplat_lora.network.ptv3_config; "
+        "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -26,7 +26,7 @@ from scenesplat_lora import (
 from scenesplat_lora.__main__ import COMMANDS
 from scenesplat_lora.model_options import LayoutName
 from scenesplat_lora.presets import PRESETS
-from scenesplat_lora.scene_values import LAYOUTS
+from scenesplat_lora.scenes.values import LAYOUTS
 
 README = Path(__file__).parent.parent / "README.md"
 OPTIONS = {

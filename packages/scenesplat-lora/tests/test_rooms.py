@@ -7,8 +7,8 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from scenesplat_lora.demo_base import furniture, rooms
-from scenesplat_lora.scene import row_wise
-from scenesplat_lora.scene_files import read_scene, write_scene
+from scenesplat_lora.scenes.files import read_scene, write_scene
+from scenesplat_lora.scenes.scene import row_wise
 
 STYLES = {"day": rooms.DAY, "night": rooms.NIGHT}
 

@@ -11,10 +11,10 @@ import pytest
 from made_scenes import made_scene
 
 from lora_core.errors import DataError
-from scenesplat_lora.scene_facts import scene_facts
-from scenesplat_lora.scene_files import list_scenes, read_array, read_scene, write_scene
-from scenesplat_lora.scene_values import LAYOUTS, Layout
-from scenesplat_lora.text_embeddings import read_text_embeddings
+from scenesplat_lora.language.text_embeddings import read_text_embeddings
+from scenesplat_lora.scenes.facts import scene_facts
+from scenesplat_lora.scenes.files import list_scenes, read_array, read_scene, write_scene
+from scenesplat_lora.scenes.values import LAYOUTS, Layout
 from scenesplat_lora.transforms import compose, training_transforms
 
 ALL = ("normal", "lang_feat", "segment")

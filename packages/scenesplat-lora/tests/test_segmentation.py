@@ -18,7 +18,6 @@ from lora_core import load_adapter, save_adapter
 from lora_core.errors import CheckpointError, ConfigError, DataError
 from scenesplat_lora import evaluate, predict
 from scenesplat_lora.adapter_read import AdapterFacts, read_facts
-from scenesplat_lora.description import Description
 from scenesplat_lora.labelling import Labelling, label_scene
 from scenesplat_lora.lora import (
     get_lora_parameters,
@@ -30,10 +29,11 @@ from scenesplat_lora.lora import (
     remove_lora,
     save_lora_checkpoint,
 )
-from scenesplat_lora.models import DefaultSegmentorV2, LangPretrainer
-from scenesplat_lora.official import load_official, write_official
-from scenesplat_lora.ptv3_config import PTv3Config
-from scenesplat_lora.scene_files import list_scenes, read_scene
+from scenesplat_lora.network.description import Description
+from scenesplat_lora.network.models import DefaultSegmentorV2, LangPretrainer
+from scenesplat_lora.network.official import load_official, write_official
+from scenesplat_lora.network.ptv3_config import PTv3Config
+from scenesplat_lora.scenes.files import list_scenes, read_scene
 from scenesplat_lora.train import main
 
 NAMES = ("wall", "floor", "chair", "table", "lamp")

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from lora_core.errors import DataError
 from lora_core.testing import load_golden
-from scenesplat_lora.point_batch import cloud_of_rows, voxels_of
-from scenesplat_lora.ptv3_config import CURVES
-from scenesplat_lora.serialization import depth_of, encode, serialize, sort_codes
+from scenesplat_lora.network.point_batch import cloud_of_rows, voxels_of
+from scenesplat_lora.network.ptv3_config import CURVES
+from scenesplat_lora.network.serialization import depth_of, encode, serialize, sort_codes
 
 CASE = load_golden(Path(__file__).parent / "goldens" / "serialization")
 

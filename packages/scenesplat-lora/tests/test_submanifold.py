@@ -10,8 +10,13 @@ from torch import Tensor
 
 from lora_core.errors import DataError
 from lora_core.testing import load_golden
-from scenesplat_lora import submanifold
-from scenesplat_lora.submanifold import NeighbourMap, SubmanifoldConv, convolve, find_neighbours
+from scenesplat_lora.network import submanifold
+from scenesplat_lora.network.submanifold import (
+    NeighbourMap,
+    SubmanifoldConv,
+    convolve,
+    find_neighbours,
+)
 
 CASE = load_golden(Path(__file__).parent / "goldens" / "subm_conv")
 RECORDED = {case["tag"]: case for case in CASE.config["cases"]}

@@ -13,8 +13,8 @@ import torch
 
 from lora_core.errors import CheckpointError, ConfigError, DataError
 from scenesplat_lora import prepare
-from scenesplat_lora.siglip import embed_texts, open_text_tower
-from scenesplat_lora.text_embeddings import grouped, read_text_embeddings
+from scenesplat_lora.language.siglip import embed_texts, open_text_tower
+from scenesplat_lora.language.text_embeddings import grouped, read_text_embeddings
 
 NAMES = ["chair", "Table lamp", "größe <eos>"]
 

@@ -19,9 +19,9 @@ from scenesplat_lora import data, objective, validation
 from scenesplat_lora import model as models
 from scenesplat_lora.config import Config
 from scenesplat_lora.lora import load_lora_checkpoint
-from scenesplat_lora.models import DefaultSegmentorV2, LangPretrainer
-from scenesplat_lora.official import load_official
-from scenesplat_lora.ptv3_config import PTv3Config
+from scenesplat_lora.network.models import DefaultSegmentorV2, LangPretrainer
+from scenesplat_lora.network.official import load_official
+from scenesplat_lora.network.ptv3_config import PTv3Config
 from scenesplat_lora.schedule import OneCycle
 from scenesplat_lora.train import main
 

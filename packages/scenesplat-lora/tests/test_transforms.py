@@ -13,7 +13,7 @@ from made_scenes import made_scene
 
 from lora_core.errors import ConfigError, DataError
 from lora_core.testing import load_golden
-from scenesplat_lora.grid_sample import voxelise
+from scenesplat_lora.scenes.grid_sample import voxelise
 from scenesplat_lora.transforms import (
     build_transform,
     compose,

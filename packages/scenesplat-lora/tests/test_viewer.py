@@ -23,12 +23,12 @@ from viser_client import Client
 from lora_core.errors import CheckpointError, ConfigError, DataError, run
 from scenesplat_lora import view
 from scenesplat_lora.labelling import label_scene
+from scenesplat_lora.language.siglip import open_text_tower
+from scenesplat_lora.language.zero_shot import vote
 from scenesplat_lora.picture import label_colours
-from scenesplat_lora.scene_files import read_scene
-from scenesplat_lora.siglip import open_text_tower
+from scenesplat_lora.scenes.files import read_scene
 from scenesplat_lora.viewer import Viewer, check_address, legend_html
 from scenesplat_lora.viewer_state import QUERY, Entry
-from scenesplat_lora.zero_shot import vote
 
 needs_viser = pytest.mark.skipif(find_spec("viser") is None, reason="needs viser")
 

@@ -8,13 +8,19 @@ import torch
 
 from lora_core.errors import CheckpointError, ConfigError, DataError
 from lora_core.testing import load_golden
-from scenesplat_lora.metrics import Confusion, class_scores, epoch_scores, final_scores
-from scenesplat_lora.text_embeddings import (
+from scenesplat_lora.language.text_embeddings import (
     read_text_embeddings,
     text_embeddings,
     write_text_embeddings,
 )
-from scenesplat_lora.zero_shot import FragmentSum, instance_vote, label, probabilities, vote
+from scenesplat_lora.language.zero_shot import (
+    FragmentSum,
+    instance_vote,
+    label,
+    probabilities,
+    vote,
+)
+from scenesplat_lora.metrics import Confusion, class_scores, epoch_scores, final_scores
 
 GOLDEN = load_golden(Path(__file__).parent / "goldens" / "zeroshot")
 IO = {name: tensor.numpy() for name, tensor in GOLDEN.io.items()}

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scenesplat_lora.point_batch import PointBatch
-from scenesplat_lora.ptv3 import PointTransformerV3
-from scenesplat_lora.ptv3_config import CURVES, PTv3Config
+from scenesplat_lora.network.point_batch import PointBatch
+from scenesplat_lora.network.ptv3 import PointTransformerV3
+from scenesplat_lora.network.ptv3_config import CURVES, PTv3Config
 
 SETTINGS: dict[str, Any] = {
     "in_channels": 11,

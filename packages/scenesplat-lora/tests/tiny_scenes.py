@@ -15,10 +15,10 @@ import torch
 from made_scenes import made_scene
 from tiny_network import SETTINGS
 
-from scenesplat_lora.models import DefaultSegmentorV2, LangPretrainer
-from scenesplat_lora.official import write_official
-from scenesplat_lora.ptv3_config import PTv3Config
-from scenesplat_lora.scene_files import write_scene
+from scenesplat_lora.network.models import DefaultSegmentorV2, LangPretrainer
+from scenesplat_lora.network.official import write_official
+from scenesplat_lora.network.ptv3_config import PTv3Config
+from scenesplat_lora.scenes.files import write_scene
 
 WIDTH = 12  # of the small network's features
 BACKBONE = {key: list(v) if isinstance(v, tuple) else v for key, v in SETTINGS.items()}

@@ -11,10 +11,14 @@ import numpy as np
 import torch
 
 from scenesplat_lora.labelling import label_scene
+from scenesplat_lora.language.text_embeddings import (
+    TextEmbeddings,
+    text_embeddings,
+    write_text_embeddings,
+)
 from scenesplat_lora.lora import inject_lora_to_ptv3, save_lora_checkpoint
-from scenesplat_lora.models import LangPretrainer
-from scenesplat_lora.scene_files import write_scene
-from scenesplat_lora.text_embeddings import TextEmbeddings, text_embeddings, write_text_embeddings
+from scenesplat_lora.network.models import LangPretrainer
+from scenesplat_lora.scenes.files import write_scene
 
 CLASSES = ("wall", "floor", "chair", "table", "lamp")
 CONFIG = replace(lora_models.TINY, in_channels=11)

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "DefaultSegmentorV2": "models",
-    "LangPretrainer": "models",
-    "PTv3Config": "ptv3_config",
-    "PointBatch": "point_batch",
-    "PointTransformerV3": "ptv3",
+    "DefaultSegmentorV2": "network.models",
+    "LangPretrainer": "network.models",
+    "PTv3Config": "network.ptv3_config",
+    "PointBatch": "network.point_batch",
+    "PointTransformerV3": "network.ptv3",
     "get_lora_parameters": "lora",
     "inject_lora_to_ptv3": "lora",
     "inject_lora_to_stage": "lora",
     "inject_lora_with_preset": "lora",
     "load_lora_checkpoint": "lora",
-    "load_official": "official",
+    "load_official": "network.official",
     "mark_only_lora_as_trainable": "lora",
     "merge_lora_weights": "lora",
     "print_lora_summary": "lora",
@@ -39,12 +39,12 @@ if TYPE_CHECKING:
     from scenesplat_lora.lora import merge_lora_weights as merge_lora_weights
     from scenesplat_lora.lora import print_lora_summary as print_lora_summary
     from scenesplat_lora.lora import save_lora_checkpoint as save_lora_checkpoint
-    from scenesplat_lora.models import DefaultSegmentorV2 as DefaultSegmentorV2
-    from scenesplat_lora.models import LangPretrainer as LangPretrainer
-    from scenesplat_lora.official import load_official as load_official
-    from scenesplat_lora.point_batch import PointBatch as PointBatch
-    from scenesplat_lora.ptv3 import PointTransformerV3 as PointTransformerV3
-    from scenesplat_lora.ptv3_config import PTv3Config as PTv3Config
+    from scenesplat_lora.network.models import DefaultSegmentorV2 as DefaultSegmentorV2
+    from scenesplat_lora.network.models import LangPretrainer as LangPretrainer
+    from scenesplat_lora.network.official import load_official as load_official
+    from scenesplat_lora.network.point_batch import PointBatch as PointBatch
+    from scenesplat_lora.network.ptv3 import PointTransformerV3 as PointTransformerV3
+    from scenesplat_lora.network.ptv3_config import PTv3Config as PTv3Config
 
 
 def __getattr__(name: str) -> Any:

@@ -28,11 +28,11 @@ from lora_core.errors import CheckpointError, ConfigError, listing
 from lora_core.layers import AdapterSpec, LoraLayer
 from lora_core.module_names import Rename, clean, file_paths, join, unwrapped
 from lora_core.tensor_file import atomic_write, plain
-from scenesplat_lora import prompt_mlp
 from scenesplat_lora.adapter_read import FACTS, FORMAT, STATE, head_classes, read_lora
-from scenesplat_lora.frozen_norms import freeze_statistics
-from scenesplat_lora.models import DefaultSegmentorV2, segmentor_in
 from scenesplat_lora.names import adapted_part, layers_of, prefix, renaming, with_lora
+from scenesplat_lora.network import prompt_mlp
+from scenesplat_lora.network.frozen_norms import freeze_statistics
+from scenesplat_lora.network.models import DefaultSegmentorV2, segmentor_in
 
 ADAPTER = "default"  # name of the one adapter on a model
 SAME = ("r", "lora_alpha", "target_modules", "enable_prompt", "encoder_only")

@@ -22,8 +22,8 @@ from lora_core.injection import lora_layers
 from lora_core.merged_file import LARGEST_ADAPTER as LARGEST
 from lora_core.module_names import clean
 from lora_core.tensor_file import read_torch
-from scenesplat_lora.models import HEAD
-from scenesplat_lora.prompt_mlp import INITIAL_WEIGHT, NAME
+from scenesplat_lora.network.models import HEAD
+from scenesplat_lora.network.prompt_mlp import INITIAL_WEIGHT, NAME
 
 FORMAT = 1
 STATE, FACTS = "lora_state_dict", "metadata"

@@ -128,7 +128,7 @@ def write_whole(net: Network, cfg: Config, path: Path, epoch: int) -> None:
     from lora_core.merged_file import refuse_changed
     from scenesplat_lora import model
     from scenesplat_lora.export import export
-    from scenesplat_lora.official import read_official
+    from scenesplat_lora.network.official import read_official
 
     then, now = model.base_of(net), model.base_of(model.build(cfg))
     refuse_changed(then.path, now.fingerprint, then.fingerprint)

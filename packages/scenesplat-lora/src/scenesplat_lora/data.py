@@ -22,12 +22,12 @@ from lora_core.pictures.survey import digest_of, file_length, left_out
 from lora_core.report import plural, table
 from lora_core.training.loading import EpochDataset, retried
 from lora_core.validate import Bad, Share, read_and_settle, samples
-from scenesplat_lora import collate as batches
 from scenesplat_lora.config import Config
-from scenesplat_lora.manifests import manifest_notes
-from scenesplat_lora.scene_files import read_scene
-from scenesplat_lora.scene_values import LAYOUTS
-from scenesplat_lora.survey import Expected, Facts, SceneRecord, records_of, remarks, settled
+from scenesplat_lora.scenes import collate as batches
+from scenesplat_lora.scenes.files import read_scene
+from scenesplat_lora.scenes.manifests import manifest_notes
+from scenesplat_lora.scenes.survey import Expected, Facts, SceneRecord, records_of, remarks, settled
+from scenesplat_lora.scenes.values import LAYOUTS
 from scenesplat_lora.transforms.pipeline import (
     LANGUAGE_KEYS,
     Transform,

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 
 from scenesplat_lora.demo_base import rooms
-from scenesplat_lora.scene import Scene
-from scenesplat_lora.scene_files import write_scene
-from scenesplat_lora.text_embeddings import (
+from scenesplat_lora.language.text_embeddings import (
     TextEmbeddings,
     text_embeddings,
     write_text_embeddings,
 )
+from scenesplat_lora.scenes.files import write_scene
+from scenesplat_lora.scenes.scene import Scene
 
 SEED = 8  # of the data set; the base is trained and measured on others
 SPLITS = {"train": 24, "val": 6, "test": 20}  # rooms of each split, by the name of its folder

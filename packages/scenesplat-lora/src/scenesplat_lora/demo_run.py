@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from scenesplat_lora.scene import Scene
+    from scenesplat_lora.scenes.scene import Scene
 
 PROGRAM = "scenesplat-lora"
 # One Gaussian of every cell is labelled; cells are half a voxel, as officially (1 cm of 2 cm).
@@ -169,7 +169,7 @@ def predict(folder: Path, models: dict[str, dict[str, Path]]) -> None:
 
 def drawn(folder: Path) -> list[Path]:
     """The test rooms that are labelled and drawn."""
-    from scenesplat_lora.scene_files import list_scenes
+    from scenesplat_lora.scenes.files import list_scenes
 
     return list_scenes(folder / "data", "test")[:PICTURES]
 
@@ -177,8 +177,8 @@ def drawn(folder: Path) -> list[Path]:
 def draw(folder: Path, models: Sequence[str]) -> None:
     """Write a picture of each of these rooms: what each model has found, beside the truth."""
     from lora_core.pictures.overlay import save
-    from scenesplat_lora.scene_files import read_scene
-    from scenesplat_lora.text_embeddings import read_text_embeddings
+    from scenesplat_lora.language.text_embeddings import read_text_embeddings
+    from scenesplat_lora.scenes.files import read_scene
 
     names = read_text_embeddings(texts_of(folder)).names
     (folder / "pictures").mkdir()
@@ -208,7 +208,7 @@ def before_after(
     """
     from scenesplat_lora.metrics import Confusion, final_scores
     from scenesplat_lora.picture import scene_sheet
-    from scenesplat_lora.scene import take_rows
+    from scenesplat_lora.scenes.scene import take_rows
 
     known = scene["segment"] >= 0
     truth = scene["segment"][known]

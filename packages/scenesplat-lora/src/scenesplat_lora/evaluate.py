@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from scenesplat_lora.metrics import Confusion
-    from scenesplat_lora.scene_values import Layout
+    from scenesplat_lora.scenes.values import Layout
 
 RESULTS = "evaluation.json"
 TEXT = "Score semantic segmentation, zero-shot or of a trained head, of labelled scenes."
@@ -104,7 +104,7 @@ def ready(options: Options) -> tuple[Classes, list[Path]]:
         CheckpointError: no such base or adapter, as far as headers tell.
     """
     from lora_core.preflight import check_all
-    from scenesplat_lora.scene_files import list_scenes
+    from scenesplat_lora.scenes.files import list_scenes
 
     check_all(
         lambda: writable(options.output, "--output"),
@@ -152,8 +152,8 @@ def check_scenes(scenes: Sequence[Path], classes: Classes, options: Options) -> 
     """
     from lora_core.report import say
     from lora_core.validate import validate
-    from scenesplat_lora.scene_values import LAYOUTS
-    from scenesplat_lora.survey import array_files, limits, remarks
+    from scenesplat_lora.scenes.survey import array_files, limits, remarks
+    from scenesplat_lora.scenes.values import LAYOUTS
 
     layout, count = LAYOUTS[options.layout], len(classes.names)
     specs = [{"type": "GridSample", "grid_size": options.voxels()}]
@@ -188,7 +188,7 @@ def _look(
     also: tuple[str, ...],
     specs: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    from scenesplat_lora.scene_facts import scene_facts
+    from scenesplat_lora.scenes.facts import scene_facts
 
     return scene_facts(folder, layout, (*wanted(folder, points), *also), classes, specs=specs)
 
@@ -223,9 +223,9 @@ def truth_and_prediction(
 ) -> tuple[Any, Any]:
     """True and predicted classes of a scene's labelled points, both integers [P]; -1: none."""
     from scenesplat_lora.labelling import label_scene
-    from scenesplat_lora.scene_files import read_scene
-    from scenesplat_lora.scene_values import LAYOUTS
-    from scenesplat_lora.zero_shot import instance_vote, vote
+    from scenesplat_lora.language.zero_shot import instance_vote, vote
+    from scenesplat_lora.scenes.files import read_scene
+    from scenesplat_lora.scenes.values import LAYOUTS
 
     needed = wanted(folder, options.points)
     scene = read_scene(folder, LAYOUTS[options.layout], (*needed, *options.wanted))

@@ -19,10 +19,10 @@ from lora_core import merged_state_dict
 from lora_core.base_file import SUFFIXES
 from lora_core.errors import ConfigError, NumericError
 from lora_core.merged_file import check_written, exact, move, private_folder, refuse_existing
-from scenesplat_lora import prompt_mlp
-from scenesplat_lora.description import Description
-from scenesplat_lora.models import DefaultSegmentorV2, LangPretrainer
-from scenesplat_lora.official import (
+from scenesplat_lora.network import prompt_mlp
+from scenesplat_lora.network.description import Description
+from scenesplat_lora.network.models import DefaultSegmentorV2, LangPretrainer
+from scenesplat_lora.network.official import (
     OfficialFile,
     load_official,
     official_name,
@@ -30,7 +30,7 @@ from scenesplat_lora.official import (
     to_official,
     write_official,
 )
-from scenesplat_lora.point_batch import PointBatch
+from scenesplat_lora.network.point_batch import PointBatch
 
 Network = LangPretrainer | DefaultSegmentorV2
 Dtype = Literal["fp32", "keep"]

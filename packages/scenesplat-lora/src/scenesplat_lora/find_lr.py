@@ -11,7 +11,7 @@ from lora_core.errors import run as guarded
 from lora_core.ramp import Ramp, ramp_problems
 from lora_core.report import say
 from scenesplat_lora.config import Config
-from scenesplat_lora.config_words import for_parser
+from scenesplat_lora.settings.words import for_parser
 
 
 @dataclass

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from lora_core.errors import NumericError, one_line
 from lora_core.training.inference import autocast, evaluating
 from lora_core.weights import without_autocast
-from scenesplat_lora.point_batch import PointBatch
-from scenesplat_lora.scene import Scene
-from scenesplat_lora.text_embeddings import TextEmbeddings
+from scenesplat_lora.language.text_embeddings import TextEmbeddings
+from scenesplat_lora.language.zero_shot import FragmentSum, probabilities
+from scenesplat_lora.network.point_batch import PointBatch
+from scenesplat_lora.scenes.scene import Scene
 from scenesplat_lora.transforms import compose, evaluation_fragments, evaluation_transforms
 from scenesplat_lora.transforms.tensors import GAUSSIAN_FEATURES
-from scenesplat_lora.zero_shot import FragmentSum, probabilities
 
 
 @dataclass(frozen=True)

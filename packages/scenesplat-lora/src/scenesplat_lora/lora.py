@@ -21,13 +21,13 @@ from lora_core.config import Bias, LoraConfig
 from lora_core.errors import ConfigError
 from lora_core.module_names import join, only, unwrapped
 from lora_core.report import say
-from scenesplat_lora import prompt_mlp
 from scenesplat_lora.adapter_file import ADAPTER
 from scenesplat_lora.adapter_file import load_lora_checkpoint as load_lora_checkpoint
 from scenesplat_lora.adapter_file import save_lora_checkpoint as save_lora_checkpoint
-from scenesplat_lora.frozen_norms import freeze_statistics, unfreeze_statistics
-from scenesplat_lora.models import HEAD, segmentor_in
 from scenesplat_lora.names import Layer, adapted_part, chosen_layers, with_lora
+from scenesplat_lora.network import prompt_mlp
+from scenesplat_lora.network.frozen_norms import freeze_statistics, unfreeze_statistics
+from scenesplat_lora.network.models import HEAD, segmentor_in
 from scenesplat_lora.presets import PROMPT_WIDTH, LoraChoice, parts_of, preset_choice
 
 Model = TypeVar("Model", bound=nn.Module)

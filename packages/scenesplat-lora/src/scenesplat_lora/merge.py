@@ -14,7 +14,7 @@ from lora_core.guards import unnamed
 
 if TYPE_CHECKING:
     from scenesplat_lora.export import Network
-    from scenesplat_lora.official import OfficialFile
+    from scenesplat_lora.network.official import OfficialFile
 
 TEXT = "Merge LoRA into its base model."
 
@@ -61,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from lora_core.report import say
     from scenesplat_lora.adapter_read import read_facts
-    from scenesplat_lora.description import base_grid_size
     from scenesplat_lora.export import TOLERANCE, export
-    from scenesplat_lora.official import load_state, read_official
+    from scenesplat_lora.network.description import base_grid_size
+    from scenesplat_lora.network.official import load_state, read_official
 
     base = read_official(options.checkpoint)
     net = plain(base, options)
@@ -95,7 +95,7 @@ def ready(options: Options) -> None:
     from lora_core.adapters import on_base
     from lora_core.preflight import check_all, writable
     from scenesplat_lora.export import refuse_output, refuse_prompts
-    from scenesplat_lora.official import read_official
+    from scenesplat_lora.network.official import read_official
 
     output = Path(options.output)
 
@@ -123,7 +123,7 @@ def plain(base: OfficialFile, options: Options) -> Network:
     """
     from scenesplat_lora.adapter_read import read_facts
     from scenesplat_lora.model_options import network_of
-    from scenesplat_lora.official import build_model
+    from scenesplat_lora.network.official import build_model
 
     classes = read_facts(options.adapter).classes
     return build_model(base, network_of(options.network), classes).eval()

@@ -18,9 +18,9 @@ from scenesplat_lora import lora
 from scenesplat_lora.adapter_file import ADAPTER
 from scenesplat_lora.adapter_read import read_facts
 from scenesplat_lora.config import Config
-from scenesplat_lora.description import base_grid_size, network_config
-from scenesplat_lora.models import DefaultSegmentorV2, LangPretrainer
-from scenesplat_lora.official import (
+from scenesplat_lora.network.description import base_grid_size, network_config
+from scenesplat_lora.network.models import DefaultSegmentorV2, LangPretrainer
+from scenesplat_lora.network.official import (
     RELEASED,
     OfficialFile,
     build_model,
@@ -31,7 +31,7 @@ from scenesplat_lora.official import (
     read_official,
     without_head,
 )
-from scenesplat_lora.ptv3_config import PTv3Config
+from scenesplat_lora.network.ptv3_config import PTv3Config
 
 Network = LangPretrainer | DefaultSegmentorV2
 
@@ -88,7 +88,7 @@ def class_names(cfg: Config) -> tuple[str, ...] | None:
     """
     if cfg.data.class_names is None or cfg.data.text_embeddings is not None:
         return None
-    from scenesplat_lora.text_embeddings import read_names
+    from scenesplat_lora.language.text_embeddings import read_names
 
     names = tuple(read_names(cfg.data.class_names))
     if cfg.data.num_classes not in (None, len(names)):
@@ -228,7 +228,7 @@ def adapted(net: Network, cfg: Config) -> Network:
 
 def has_prompts(net: nn.Module) -> bool:
     """Whether the adapter has prompt MLPs, which no other program reads and nothing merges."""
-    from scenesplat_lora import prompt_mlp
+    from scenesplat_lora.network import prompt_mlp
 
     return bool(prompt_mlp.with_prompt(net))
 

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
     from scenesplat_lora.adapter_read import AdapterFacts
     from scenesplat_lora.labelling import Labelling
-    from scenesplat_lora.models import DefaultSegmentorV2, LangPretrainer
-    from scenesplat_lora.official import OfficialFile
-    from scenesplat_lora.ptv3_config import PTv3Config
-    from scenesplat_lora.text_embeddings import TextEmbeddings
+    from scenesplat_lora.language.text_embeddings import TextEmbeddings
+    from scenesplat_lora.network.models import DefaultSegmentorV2, LangPretrainer
+    from scenesplat_lora.network.official import OfficialFile
+    from scenesplat_lora.network.ptv3_config import PTv3Config
 
 LayoutName = Literal[
     "generic",
@@ -127,7 +127,7 @@ class ModelOptions:
 
     def voxels(self) -> float:
         """Side of the network's voxels in metres."""
-        from scenesplat_lora.description import base_grid_size
+        from scenesplat_lora.network.description import base_grid_size
 
         return self.grid_size or self._facts.grid_size or base_grid_size(self._file)
 
@@ -151,13 +151,13 @@ class ModelOptions:
     @cached_property
     def _file(self) -> OfficialFile:
         """The checkpoint without its values."""
-        from scenesplat_lora.official import read_official
+        from scenesplat_lora.network.official import read_official
 
         return read_official(self.checkpoint, device="meta")
 
     @cached_property
     def _network(self) -> PTv3Config:
-        from scenesplat_lora.description import network_config
+        from scenesplat_lora.network.description import network_config
 
         return self.backbone() or network_config(self._file)
 
@@ -171,14 +171,14 @@ class ModelOptions:
     @property
     def head(self) -> int | None:
         """Classes of the model's head; None: a language model."""
-        from scenesplat_lora.official import head_of
+        from scenesplat_lora.network.official import head_of
 
         return self._facts.classes or head_of(self._file)
 
     @property
     def base_compares(self) -> bool:
         """Whether the base without --adapter has the same classes."""
-        from scenesplat_lora.official import head_of
+        from scenesplat_lora.network.official import head_of
 
         return self.head == head_of(self._file)
 
@@ -200,7 +200,7 @@ class ModelOptions:
         said = self._facts.names or (self._file.description and self._file.description.classes)
         names = tuple(f"class {number}" for number in range(self.head))
         if self.names is not None:
-            from scenesplat_lora.text_embeddings import read_names
+            from scenesplat_lora.language.text_embeddings import read_names
 
             said = tuple(read_names(self.names))
             if len(said) != self.head:
@@ -221,7 +221,7 @@ class ModelOptions:
                 f"--text is needed: {self.checkpoint} is a language model, whose features are "
                 "compared with text embeddings of the class names"
             )
-        from scenesplat_lora.text_embeddings import read_text_embeddings
+        from scenesplat_lora.language.text_embeddings import read_text_embeddings
 
         return read_text_embeddings(self.text, self.names, self.prompt_classes or None)
 
@@ -252,7 +252,7 @@ class ModelOptions:
         """
         from lora_core.report import say
         from scenesplat_lora.lora import load_lora_checkpoint
-        from scenesplat_lora.official import build_model, load_state, read_official
+        from scenesplat_lora.network.official import build_model, load_state, read_official
 
         file = read_official(self.checkpoint)
         # A base without a head gets an empty one here; another head is exchanged by the adapter.
@@ -278,8 +278,8 @@ def network_of(path: str | None) -> PTv3Config | None:
     """
     if path is None:
         return None
-    from scenesplat_lora.config_files import find, read_config
-    from scenesplat_lora.ptv3_config import PTv3Config
+    from scenesplat_lora.network.ptv3_config import PTv3Config
+    from scenesplat_lora.settings.files import find, read_config
 
     model: Any = read_config(find(path)).values.get("model")
     section = model.get("backbone") if isinstance(model, dict) else None

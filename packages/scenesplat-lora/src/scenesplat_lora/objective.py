@@ -14,13 +14,13 @@ from scenesplat_lora import losses
 from scenesplat_lora.config import DISTILLATION, SEGMENTATION, Config, Scheduler
 from scenesplat_lora.data import Needs, learnable_rows
 from scenesplat_lora.losses import Term
-from scenesplat_lora.models import DefaultSegmentorV2, LangPretrainer
+from scenesplat_lora.network.models import DefaultSegmentorV2, LangPretrainer
 from scenesplat_lora.schedule import OneCycle, set_one_cycle, warmup_cosine
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from scenesplat_lora.text_embeddings import TextEmbeddings
+    from scenesplat_lora.language.text_embeddings import TextEmbeddings
 
     Loss = Callable[[nn.Module, dict[str, Any]], tuple[Tensor, dict[str, Tensor]]]
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from scenesplat_lora.scene import Scene, take_rows
+from scenesplat_lora.scenes.scene import Scene, take_rows
 
 Array = NDArray[np.floating]
 PAPER = 255

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from scenesplat_lora.scene import Scene
-    from scenesplat_lora.scene_sources import Source
+    from scenesplat_lora.scenes.scene import Scene
+    from scenesplat_lora.scenes.sources import Source
 
 RESULTS = "predictions.json"
 TEXT = "Label scenes: labels, a coloured .ply and a picture of each."
@@ -79,7 +79,7 @@ def ready(options: Options) -> list[Source]:
         DataError: no scenes. CheckpointError: no such base or adapter, as far as headers tell.
     """
     from lora_core.preflight import check_all
-    from scenesplat_lora.scene_sources import find_sources
+    from scenesplat_lora.scenes.sources import find_sources
 
     sources = find_sources(options.scenes)
     check_all(
@@ -114,8 +114,8 @@ def predict_all(
     from lora_core.data_file import new_tree
     from lora_core.report import Progress
     from scenesplat_lora.labelling import label_scene
-    from scenesplat_lora.scene_values import LAYOUTS
-    from scenesplat_lora.zero_shot import vote
+    from scenesplat_lora.language.zero_shot import vote
+    from scenesplat_lora.scenes.values import LAYOUTS
 
     classes, model = options.classes(), options.load()
     results: dict[str, dict[str, int]] = {}
@@ -158,7 +158,7 @@ def write(
 
     from lora_core.pictures.overlay import save
     from scenesplat_lora.picture import label_colours, scene_sheet
-    from scenesplat_lora.ply import write_points
+    from scenesplat_lora.scenes.ply import write_points
 
     folder.mkdir()
     np.save(folder / "labels.npy", labels.astype(np.int32))

@@ -19,7 +19,7 @@ from lora_core.config import option
 from lora_core.errors import ConfigError, near
 from lora_core.guards import count_problem
 from lora_core.report import say
-from scenesplat_lora.records import Shard
+from scenesplat_lora.scenes.records import Shard
 
 STEPS = {
     "ply": "3D Gaussian splat files to scene folders",

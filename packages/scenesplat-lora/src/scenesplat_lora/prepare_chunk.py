@@ -17,12 +17,12 @@ import numpy as np
 from lora_core.config import option, parse
 from lora_core.errors import ConfigError, DataError, listing, one_line
 from lora_core.preflight import writable
-from scenesplat_lora.chunking import Chunks, chunk_folder, cut_scene
 from scenesplat_lora.model_options import LayoutName
 from scenesplat_lora.prepare import ShardOptions, tell
-from scenesplat_lora.records import Job, Ledger, run_all, unfinished
-from scenesplat_lora.scene_files import list_scenes, read_scene, write_scene
-from scenesplat_lora.scene_values import LAYOUTS, Layout
+from scenesplat_lora.scenes.chunking import Chunks, chunk_folder, cut_scene
+from scenesplat_lora.scenes.files import list_scenes, read_scene, write_scene
+from scenesplat_lora.scenes.records import Job, Ledger, run_all, unfinished
+from scenesplat_lora.scenes.values import LAYOUTS, Layout
 
 TEXT = "Cut large scenes into overlapping chunks."
 ALSO = ("normal", "lang_feat")  # arrays that are cut along where a scene has them

@@ -21,14 +21,14 @@ from lora_core.errors import ConfigError, DataError, listing, near, one_line
 from lora_core.guards import unnamed
 from lora_core.preflight import writable
 from lora_core.report import plural, say
-from scenesplat_lora.ply import read_gaussians
 from scenesplat_lora.prepare import ShardOptions, tell
-from scenesplat_lora.raw_scans import Cloud, RawDataset, read_lines
-from scenesplat_lora.records import Job, Ledger, run_all, unfinished
-from scenesplat_lora.scene import Scene
-from scenesplat_lora.scene_files import ON_DISK, write_scene
-from scenesplat_lora.scene_sources import find_sources
-from scenesplat_lora.scene_values import LAYOUTS, Layout
+from scenesplat_lora.raw.scans import Cloud, RawDataset, read_lines
+from scenesplat_lora.scenes.files import ON_DISK, write_scene
+from scenesplat_lora.scenes.ply import read_gaussians
+from scenesplat_lora.scenes.records import Job, Ledger, run_all, unfinished
+from scenesplat_lora.scenes.scene import Scene
+from scenesplat_lora.scenes.sources import find_sources
+from scenesplat_lora.scenes.values import LAYOUTS, Layout
 
 TEXT = "Bring the labels of ScanNet, ScanNet++ or Matterport3D to scenes of Gaussians."
 FEWEST = 0.01  # share of labelled Gaussians below which splat and mesh cannot be of one frame
@@ -119,9 +119,9 @@ def raw_dataset(options: Options) -> RawDataset:
     Raises:
         DataError: there are none, or a list of classes cannot be used.
     """
-    from scenesplat_lora.raw_matterport import matterport
-    from scenesplat_lora.raw_scannet import scannet
-    from scenesplat_lora.raw_scannetpp import scannetpp
+    from scenesplat_lora.raw.matterport import matterport
+    from scenesplat_lora.raw.scannet import scannet
+    from scenesplat_lora.raw.scannetpp import scannetpp
 
     source = Path(options.source)
     classes = Path(options.classes) if options.classes else None

@@ -24,16 +24,16 @@ from numpy.typing import NDArray
 from lora_core.config import option, parse
 from lora_core.errors import ConfigError, DataError, listing, one_line
 from lora_core.guards import count_problem, unnamed
-from scenesplat_lora.lang_feat_files import OUTPUTS, write_features
 from scenesplat_lora.model_options import LayoutName
+from scenesplat_lora.posed.lang_feat_files import OUTPUTS, write_features
 from scenesplat_lora.prepare import ShardOptions, tell
-from scenesplat_lora.records import Job, Ledger, run_all
-from scenesplat_lora.scene import Scene
-from scenesplat_lora.scene_files import list_scenes, read_scene
-from scenesplat_lora.scene_values import LAYOUTS
+from scenesplat_lora.scenes.files import list_scenes, read_scene
+from scenesplat_lora.scenes.records import Job, Ledger, run_all
+from scenesplat_lora.scenes.scene import Scene
+from scenesplat_lora.scenes.values import LAYOUTS
 
 if TYPE_CHECKING:
-    from scenesplat_lora.text_embeddings import TextEmbeddings
+    from scenesplat_lora.language.text_embeddings import TextEmbeddings
 
 TEXT = (
     "Give scenes language features: the text embedding of each Gaussian's class, or with --images "
@@ -139,14 +139,14 @@ class Options(ShardOptions):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the step; returns the process exit code."""
     options = parse(Options, argv or [], prog="scenesplat-lora prepare lang-feat", description=TEXT)
-    from scenesplat_lora.text_embeddings import read_text_embeddings
+    from scenesplat_lora.language.text_embeddings import read_text_embeddings
 
     text = table = None
     if options.text is not None:
         text = read_text_embeddings(options.text, options.names, options.prompt_classes or None)
         table = class_features(text)
     if options.images is not None:
-        from scenesplat_lora.lang_feat_images import run_images
+        from scenesplat_lora.posed.lang_feat_images import run_images
 
         done = run_images(options, table)
     else:

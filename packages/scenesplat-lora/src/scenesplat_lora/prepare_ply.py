@@ -15,12 +15,12 @@ import numpy as np
 from lora_core.config import option, parse
 from lora_core.errors import ConfigError, DataError, listing, one_line
 from lora_core.preflight import writable
-from scenesplat_lora.ply import read_gaussians
 from scenesplat_lora.prepare import ShardOptions, tell
-from scenesplat_lora.records import Job, Ledger, run_all, unfinished
-from scenesplat_lora.scene import Scene
-from scenesplat_lora.scene_files import write_scene
-from scenesplat_lora.scene_sources import Source, find_sources
+from scenesplat_lora.scenes.files import write_scene
+from scenesplat_lora.scenes.ply import read_gaussians
+from scenesplat_lora.scenes.records import Job, Ledger, run_all, unfinished
+from scenesplat_lora.scenes.scene import Scene
+from scenesplat_lora.scenes.sources import Source, find_sources
 from scenesplat_lora.transforms.geometry import Axis, rotate
 
 TEXT = "Turn 3D Gaussian splat files (.ply) into scene folders."

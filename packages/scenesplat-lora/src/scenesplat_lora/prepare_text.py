@@ -72,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(Options, argv or [], prog="scenesplat-lora prepare text", description=TEXT)
     writable(Path(options.output).absolute().parent, "--output")
     from lora_core.training.arguments import choose_device
-    from scenesplat_lora import text_embeddings
-    from scenesplat_lora.siglip import embed_texts
+    from scenesplat_lora.language import text_embeddings
+    from scenesplat_lora.language.siglip import embed_texts
 
     device = choose_device(options.device)
     names = text_embeddings.read_names(options.names)

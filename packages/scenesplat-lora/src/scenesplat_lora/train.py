@@ -23,7 +23,7 @@ from scenesplat_lora.artifacts import (
     write_whole,
 )
 from scenesplat_lora.config import Config
-from scenesplat_lora.config_words import for_parser
+from scenesplat_lora.settings.words import for_parser
 
 if TYPE_CHECKING:
     import torch

@@ -20,13 +20,13 @@ from lora_core.errors import ConfigError
 from scenesplat_lora import objective
 from scenesplat_lora.config import Config
 from scenesplat_lora.data import Needs, Splits, learnable_rows
+from scenesplat_lora.language.zero_shot import label, probabilities
 from scenesplat_lora.losses import distillation_loss, segmentation_loss
 from scenesplat_lora.metrics import Confusion, epoch_scores
 from scenesplat_lora.model import class_names
-from scenesplat_lora.zero_shot import label, probabilities
 
 if TYPE_CHECKING:
-    from scenesplat_lora.text_embeddings import TextEmbeddings
+    from scenesplat_lora.language.text_embeddings import TextEmbeddings
 
 
 def texts(cfg: Config) -> TextEmbeddings | None:
@@ -37,7 +37,7 @@ def texts(cfg: Config) -> TextEmbeddings | None:
     """
     if cfg.data.text_embeddings is None:
         return None
-    from scenesplat_lora.text_embeddings import read_text_embeddings
+    from scenesplat_lora.language.text_embeddings import read_text_embeddings
 
     return read_text_embeddings(cfg.data.text_embeddings, cfg.data.class_names)
 

@@ -14,9 +14,9 @@ from lora_core.report import say
 from scenesplat_lora.model_options import Classes, ModelOptions
 
 if TYPE_CHECKING:
-    from scenesplat_lora.scene import Scene
-    from scenesplat_lora.scene_sources import Source
-    from scenesplat_lora.siglip import TextTower
+    from scenesplat_lora.language.siglip import TextTower
+    from scenesplat_lora.scenes.scene import Scene
+    from scenesplat_lora.scenes.sources import Source
     from scenesplat_lora.viewer_state import ViewerState
 
 TEXT = "Look at a scene in a browser: its labels, and where any word is."
@@ -116,7 +116,7 @@ def find_scene(options: Options) -> Source:
     Raises:
         ConfigError: there are several. DataError: there is none.
     """
-    from scenesplat_lora.scene_sources import find_sources
+    from scenesplat_lora.scenes.sources import find_sources
 
     found = find_sources([options.scene])
     if len(found) > 1:
@@ -138,7 +138,7 @@ def check_tower(options: Options) -> None:
         raise ConfigError(
             "--siglip: a segmentation model has no language features to compare words with"
         )
-    from scenesplat_lora.siglip import model_settings
+    from scenesplat_lora.language.siglip import model_settings
 
     model_settings(Path(options.siglip))
 
@@ -149,9 +149,9 @@ def prepared(source: Source, options: Options) -> ViewerState:
     Raises:
         DataError: the scene cannot be used. CheckpointError: a model that cannot.
     """
-    from scenesplat_lora.scene_values import LAYOUTS
+    from scenesplat_lora.language.zero_shot import vote
+    from scenesplat_lora.scenes.values import LAYOUTS
     from scenesplat_lora.viewer_state import some_rows
-    from scenesplat_lora.zero_shot import vote
 
     tower = opened_tower(options)
     scene = source.read(LAYOUTS[options.layout], options.wanted)
@@ -170,9 +170,9 @@ def state_of(scene: Scene, options: Options) -> ViewerState:
     import torch
 
     from scenesplat_lora.labelling import label_scene
-    from scenesplat_lora.scene_features import scene_features
+    from scenesplat_lora.language.scene_features import scene_features
+    from scenesplat_lora.language.zero_shot import label
     from scenesplat_lora.viewer_state import ViewerState
-    from scenesplat_lora.zero_shot import label
 
     classes, model, how = options.classes(), options.load(), options.labelling()
     if options.head is not None:
@@ -194,7 +194,7 @@ def opened_tower(options: Options) -> TextTower | None:
     folder = options.tower_folder()
     if folder is None:
         return None
-    from scenesplat_lora.siglip import open_text_tower
+    from scenesplat_lora.language.siglip import open_text_tower
 
     tower, width = open_text_tower(folder), options.width
     if tower.width != width:

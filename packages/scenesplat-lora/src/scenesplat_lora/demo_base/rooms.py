@@ -31,7 +31,7 @@ from scenesplat_lora.demo_base.furniture import (
     joined,
     rectangle,
 )
-from scenesplat_lora.scene import Scene
+from scenesplat_lora.scenes.scene import Scene
 
 GRID_SIZE = 0.1  # metres, voxels that the base was made for
 WIDTH = 32  # channels of the language vectors
@@ -122,7 +122,7 @@ def room(seed: int | Sequence[int], style: Style = DAY) -> Scene:
             furniture and walls are the same in every style.
 
     Returns:
-        A scene as `scenesplat_lora.scene` describes it, with all arrays of Gaussians.
+        A scene as `scenesplat_lora.scenes.scene` describes it, with all arrays of Gaussians.
     """
     plan, look = np.random.default_rng(seed).spawn(2)
     built = _build(plan)

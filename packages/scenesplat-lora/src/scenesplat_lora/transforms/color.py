@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from scenesplat_lora.scene import Scene
+from scenesplat_lora.scenes.scene import Scene
 
 
 def chromatic_auto_contrast(

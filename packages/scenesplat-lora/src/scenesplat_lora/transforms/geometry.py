@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_core.errors import ConfigError
-from scenesplat_lora.scene import Scene
+from scenesplat_lora.scenes.scene import Scene
 
 Array = NDArray[Any]
 Axis = Literal["x", "y", "z"]

@@ -14,8 +14,8 @@ from typing import Any, cast
 import numpy as np
 
 from lora_core.errors import ConfigError, listing, near
-from scenesplat_lora.grid_sample import fragments, grid_sample, sample_labelled_cloud
-from scenesplat_lora.scene import Scene
+from scenesplat_lora.scenes.grid_sample import fragments, grid_sample, sample_labelled_cloud
+from scenesplat_lora.scenes.scene import Scene
 from scenesplat_lora.transforms.color import (
     chromatic_auto_contrast,
     chromatic_jitter,

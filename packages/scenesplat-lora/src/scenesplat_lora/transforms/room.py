@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scenesplat_lora.grid_sample import too_many_cells
+from scenesplat_lora.scenes.grid_sample import too_many_cells
 from scenesplat_lora.transforms.geometry import too_many_nodes
 from scenesplat_lora.transforms.pipeline import NAMED, Spec
 

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from lora_core.errors import ConfigError
-from scenesplat_lora.scene import Scene, row_count, take_rows
+from scenesplat_lora.scenes.scene import Scene, row_count, take_rows
 
 
 def random_dropout(

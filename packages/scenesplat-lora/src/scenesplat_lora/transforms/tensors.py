@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lora_core.errors import DataError, near
-from scenesplat_lora.scene import Scene, place
+from scenesplat_lora.scenes.scene import Scene, place
 
 GAUSSIAN_FEATURES = ("color", "opacity", "quat", "scale")  # 11 channels, in this order
 

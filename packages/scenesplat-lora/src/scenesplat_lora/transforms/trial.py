@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lora_core.errors import ConfigError, UserError
-from scenesplat_lora.scene import Scene
+from scenesplat_lora.scenes.scene import Scene
 from scenesplat_lora.transforms.pipeline import Spec, build_transform
 
 ROWS = 64

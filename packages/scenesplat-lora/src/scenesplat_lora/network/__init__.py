@@ -1,0 +1,1 @@
+"""Point Transformer V3 key for key, and its checkpoints."""

@@ -1,0 +1,1 @@
+"""Language features of Gaussians from posed images with masks."""

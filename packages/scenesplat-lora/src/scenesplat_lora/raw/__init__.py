@@ -1,0 +1,1 @@
+"""ScanNet, ScanNet++ and Matterport3D as their authors distribute them."""

@@ -1,0 +1,1 @@
+"""Scenes of Gaussians: files, values, voxels, chunks, batches."""

@@ -1,0 +1,1 @@
+"""Configuration files in Python's syntax, parsed and never run, and their options."""
