@@ -30,126 +30,37 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import statistics
-from dataclasses import dataclass, field
 from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # it would write about every measured peak
 
 import torch
-from measure import markdown, peak_bytes, timed, with_saved_bytes
 from sam3_methods import build, loss_of, random_batch
+from torch import Tensor, nn
+from training_step import METHODS, Contender, measure, tables
 
 CASES: dict[str, dict[str, Any]] = {
-    "fp32": {"methods": ("floor", "lora_core", "PEFT", "full")},
+    "fp32": {"methods": (*METHODS, "full")},
     "fp32, no dropout": {"dropout": 0.0},
     "autocast": {"precision": "autocast"},
     "bf16 encoder": {"precision": "bf16"},
     "fp32, stock": {"stock": True},
     "autocast, stock": {"precision": "autocast", "stock": True},
 }
-USUAL = {"precision": "fp32", "stock": False, "methods": ("floor", "lora_core", "PEFT")}
-MB = 1e6
+USUAL = {"precision": "fp32", "stock": False, "methods": METHODS}
 
 
-@dataclass
-class Cost:
-    """Of one method's training steps.
+def contender(method: str, args: argparse.Namespace) -> Contender:
+    """The network in training by one method."""
+    batch = random_batch(args)
+    model, features = build(method, args, batch)
+    if features is not None:
+        batch["text_features"] = features
 
-    Attributes:
-        trained: parameters. loss: before training. kept, peak: bytes.
-        rounds: seconds of forward, backward and update of each step.
-    """
+    def forward(model: nn.Module) -> Tensor:
+        return loss_of(model, batch, args)
 
-    trained: int
-    loss: float
-    kept: int = 0
-    peak: int = 0
-    rounds: list[tuple[float, float, float]] = field(default_factory=list)
-
-    @property
-    def steps(self) -> list[float]:
-        """Seconds of each whole step."""
-        return [sum(parts) for parts in self.rounds]
-
-
-class Contender:
-    """A network in training by one method."""
-
-    def __init__(self, method: str, args: argparse.Namespace) -> None:
-        self.args, self.batch = args, random_batch(args)
-        self.model, features = build(method, args, self.batch)
-        if features is not None:
-            self.batch["text_features"] = features
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained or [torch.zeros(1, requires_grad=True)], 1e-4)
-        with torch.no_grad():
-            loss = self.forward(self.model.eval()).item()
-        self.model.train()
-        self.cost = Cost(sum(p.numel() for p in trained), loss)
-
-    def forward(self, model: Any) -> torch.Tensor:
-        return loss_of(model, self.batch, self.args)
-
-    def step(self) -> tuple[float, float, float]:
-        """Seconds of forward, backward and update."""
-        self.optimizer.zero_grad()
-        first, loss = timed(lambda: self.forward(self.model), self.args.device)
-        second, _ = timed(loss.backward, self.args.device)
-        third, _ = timed(self.optimizer.step, self.args.device)
-        return first, second, third
-
-    def measure_memory(self) -> None:
-        """Two steps, which warm up as well."""
-        tensors = list(self.model.state_dict().values())
-        self.cost.kept, loss = with_saved_bytes(lambda: self.forward(self.model), tensors)
-        loss.backward()
-        del loss
-        self.optimizer.step()
-        self.cost.peak = peak_bytes(self.step, self.args.device)
-
-
-def measure(args: argparse.Namespace) -> dict[str, Cost]:
-    """What the methods of one case cost."""
-    contenders = {method: Contender(method, args) for method in args.methods}
-    for one in contenders.values():
-        one.measure_memory()
-    order = list(contenders.values())
-    for _ in range(args.rounds):
-        for one in order:
-            one.cost.rounds.append(one.step())
-        order = [*order[1:], order[0]]
-    return {method: one.cost for method, one in contenders.items()}
-
-
-def ratio(one: Cost, other: Cost) -> float:
-    """Median over the rounds."""
-    return statistics.median(a / b for a, b in zip(one.steps, other.steps, strict=True))
-
-
-def tables(results: dict[str, dict[str, Cost]]) -> str:
-    """Figures of each method, and ours beside PEFT's."""
-    header = ("case", "method", "trained", "loss", "forward s", "backward s", "update s")
-    rows, shares = [], []
-    for case, costs in results.items():
-        for name, c in costs.items():
-            seconds = (statistics.median(part) for part in zip(*c.rounds, strict=True))
-            rows.append([case, name, f"{c.trained:,}", c.loss, *seconds, c.peak / MB, c.kept / MB])
-        floor, ours, theirs = (costs[name] for name in USUAL["methods"])
-        base = statistics.median(floor.steps)
-        above = [statistics.median(c.steps) - base for c in (ours, theirs)]
-        kept = [(c.kept - floor.kept) / MB for c in (ours, theirs)]
-        times = (ratio(ours, theirs), ratio(ours, floor), ratio(theirs, floor))
-        shares.append([case, *times, above[0] / above[1], *kept, kept[0] / kept[1]])
-    second = (
-        "case",
-        "ours / PEFT",
-        "ours / floor",
-        "PEFT / floor",
-        "(ours - floor) / (PEFT - floor)",
-    )
-    second += ("ours - floor, kept MB", "PEFT - floor, kept MB", "ratio")
-    return f"{markdown((*header, 'peak MB', 'kept MB'), rows)}\n\n{markdown(second, shares)}"
+    return Contender(model, forward, args.device)
 
 
 def main() -> None:
@@ -172,7 +83,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     results = {}
     for case in args.cases:
-        results[case] = measure(argparse.Namespace(**{**vars(args), **USUAL, **CASES[case]}))
+        given = argparse.Namespace(**{**vars(args), **USUAL, **CASES[case]})
+        results[case] = measure({m: contender(m, given) for m in given.methods}, args.rounds)
         gc.collect()
     print(tables(results))
 

@@ -25,14 +25,16 @@ import numpy as np
 import torch
 from measure import markdown
 from scenesplat_methods import DEPTHS, Case
-from scenesplat_step import MB, Contender
+from scenesplat_rooms import room
+from scenesplat_step import contender
+from training_step import MB
 
 COLUMNS = ("seconds", "peak MB", "kept MB")
 
 
 def measure(cases: list[Case], rounds: int) -> list[tuple[int, float, float, float]]:
     """Voxels, seconds of a step, peak MB and kept MB of each case."""
-    contenders = [Contender("lora_core", case) for case in cases]
+    contenders = [contender("lora_core", case) for case in cases]
     for one in contenders:
         one.measure_memory()
     for _ in range(rounds):
@@ -40,12 +42,12 @@ def measure(cases: list[Case], rounds: int) -> list[tuple[int, float, float, flo
             one.cost.rounds.append(one.step())
     return [
         (
-            len(one.batch["feat"]),
+            len(room(case.voxels)),
             statistics.median(one.cost.steps),
             one.cost.peak / MB,
             one.cost.kept / MB,
         )
-        for one in contenders
+        for case, one in zip(cases, contenders, strict=True)
     ]
 
 

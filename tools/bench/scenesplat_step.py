@@ -26,15 +26,14 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import statistics
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # it would write about every measured peak
 
 import torch
-from measure import markdown, peak_bytes, timed, with_saved_bytes
 from scenesplat_methods import DEPTHS, Case, build, loss_of, random_batch
+from training_step import METHODS, Contender, measure, tables
 
 BOTH = ("enc", "dec")
 CASES: dict[str, dict[str, Any]] = {
@@ -43,95 +42,14 @@ CASES: dict[str, dict[str, Any]] = {
     "with decoder": {"parts": BOTH},
     "with decoder, dropout": {"parts": BOTH, "dropout": 0.05},
 }
-METHODS = ("floor", "lora_core", "PEFT")
-MB = 1e6
 
 
-@dataclass
-class Cost:
-    """Of one method's training steps.
-
-    Attributes:
-        trained: parameters. loss: before training. kept, peak: bytes.
-        rounds: seconds of forward, backward and update of each step.
-    """
-
-    trained: int
-    loss: float
-    kept: int = 0
-    peak: int = 0
-    rounds: list[tuple[float, float, float]] = field(default_factory=list)
-
-    @property
-    def steps(self) -> list[float]:
-        """Seconds of each whole step."""
-        return [sum(parts) for parts in self.rounds]
-
-
-class Contender:
-    """A network in training by one method."""
-
-    def __init__(self, method: str, case: Case) -> None:
-        self.device, self.batch = case.device, random_batch(case)
-        self.model = build(method, case)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained or [torch.zeros(1, requires_grad=True)], 1e-4)
-        with torch.no_grad():
-            loss = loss_of(self.model.eval(), self.batch).item()
-        self.model.train()
-        self.cost = Cost(sum(p.numel() for p in trained), loss)
-
-    def step(self) -> tuple[float, float, float]:
-        """Seconds of forward, backward and update."""
-        self.optimizer.zero_grad()
-        first, loss = timed(lambda: loss_of(self.model, self.batch), self.device)
-        second, _ = timed(loss.backward, self.device)
-        third, _ = timed(self.optimizer.step, self.device)
-        return first, second, third
-
-    def measure_memory(self) -> None:
-        """Two steps, which warm up as well."""
-        known = [*self.model.state_dict().values(), *self.batch.values()]
-        self.cost.kept, loss = with_saved_bytes(lambda: loss_of(self.model, self.batch), known)
-        loss.backward()
-        del loss
-        self.optimizer.step()
-        self.cost.peak = peak_bytes(self.step, self.device)
-
-
-def measure(case: Case, methods: tuple[str, ...], rounds: int) -> dict[str, Cost]:
-    """What the methods of one case cost."""
-    contenders = {method: Contender(method, case) for method in methods}
-    for one in contenders.values():
-        one.measure_memory()
-    order = list(contenders.values())
-    for _ in range(rounds):
-        for one in order:
-            one.cost.rounds.append(one.step())
-        order = [*order[1:], order[0]]
-    return {method: one.cost for method, one in contenders.items()}
-
-
-def ratio(one: Cost, other: Cost) -> float:
-    """Median over the rounds."""
-    return statistics.median(a / b for a, b in zip(one.steps, other.steps, strict=True))
-
-
-def tables(results: dict[str, dict[str, Cost]]) -> str:
-    """Figures of each method, and ours beside PEFT's."""
-    header = ("case", "method", "trained", "loss", "forward s", "backward s", "update s")
-    rows, shares = [], []
-    for case, costs in results.items():
-        for name, c in costs.items():
-            seconds = (statistics.median(part) for part in zip(*c.rounds, strict=True))
-            rows.append([case, name, f"{c.trained:,}", c.loss, *seconds, c.peak / MB, c.kept / MB])
-        floor, ours, theirs = (costs[name] for name in METHODS)
-        kept = [(c.kept - floor.kept) / MB for c in (ours, theirs)]
-        times = (ratio(ours, theirs), ratio(ours, floor), ratio(theirs, floor))
-        shares.append([case, *times, *kept, kept[0] / kept[1]])
-    second = ("case", "ours / PEFT", "ours / floor", "PEFT / floor", "ours - floor, kept MB")
-    second += ("PEFT - floor, kept MB", "ratio")
-    return f"{markdown((*header, 'peak MB', 'kept MB'), rows)}\n\n{markdown(second, shares)}"
+def contender(method: str, case: Case) -> Contender:
+    """The network in training by one method."""
+    batch = random_batch(case)
+    return Contender(
+        build(method, case), lambda model: loss_of(model, batch), case.device, batch.values()
+    )
 
 
 def main() -> None:
@@ -151,7 +69,8 @@ def main() -> None:
     results = {}
     for name in args.cases:
         methods = (*METHODS, "full") if name == "guide" else METHODS
-        results[name] = measure(replace(usual, **CASES[name]), methods, args.rounds)
+        case = replace(usual, **CASES[name])
+        results[name] = measure({m: contender(m, case) for m in methods}, args.rounds)
         gc.collect()
     print(tables(results))
 

@@ -22,8 +22,7 @@ from lora_core.errors import DataError
 from lora_core.testing import corrupt, limited
 from lora_core.testing.no_device import no_device
 from lora_core.training import loading
-from scenesplat_lora import prepare
-from scenesplat_lora.scenes import survey
+from scenesplat_lora import prepare, survey
 from scenesplat_lora.scenes.files import list_scenes, read_array, read_scene, write_scene
 
 ROWS = faulty.ROWS

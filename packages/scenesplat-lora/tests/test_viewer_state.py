@@ -13,9 +13,9 @@ from made_scenes import made_scene
 
 from lora_core.errors import DataError
 from scenesplat_lora.labelling import Labelling
-from scenesplat_lora.language.scene_features import scene_features
 from scenesplat_lora.language.text_embeddings import text_embeddings
 from scenesplat_lora.picture import NO_LABEL, class_colours, label_colours
+from scenesplat_lora.scene_features import scene_features
 from scenesplat_lora.viewer_state import HEAT, ViewerState, covariances, some_rows, words_of
 
 TRUE = np.arange(90) // 2 % 3

@@ -8,8 +8,8 @@ import made_scenes
 import numpy as np
 import torch
 
-from scenesplat_lora.language.scene_features import SceneFeatures
 from scenesplat_lora.language.text_embeddings import TextEmbeddings, text_embeddings
+from scenesplat_lora.scene_features import SceneFeatures
 from scenesplat_lora.viewer_state import ViewerState
 
 NAMES = ("wall", "floor", "lamp")

@@ -26,8 +26,8 @@ from scenesplat_lora.config import Config
 from scenesplat_lora.scenes import collate as batches
 from scenesplat_lora.scenes.files import read_scene
 from scenesplat_lora.scenes.manifests import manifest_notes
-from scenesplat_lora.scenes.survey import Expected, Facts, SceneRecord, records_of, remarks, settled
 from scenesplat_lora.scenes.values import LAYOUTS
+from scenesplat_lora.survey import Expected, Facts, SceneRecord, records_of, remarks, settled
 from scenesplat_lora.transforms.pipeline import (
     LANGUAGE_KEYS,
     Transform,

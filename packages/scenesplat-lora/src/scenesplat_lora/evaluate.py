@@ -152,8 +152,8 @@ def check_scenes(scenes: Sequence[Path], classes: Classes, options: Options) -> 
     """
     from lora_core.report import say
     from lora_core.validate import validate
-    from scenesplat_lora.scenes.survey import array_files, limits, remarks
     from scenesplat_lora.scenes.values import LAYOUTS
+    from scenesplat_lora.survey import array_files, limits, remarks
 
     layout, count = LAYOUTS[options.layout], len(classes.names)
     specs = [{"type": "GridSample", "grid_size": options.voxels()}]

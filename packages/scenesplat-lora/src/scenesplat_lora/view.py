@@ -170,8 +170,8 @@ def state_of(scene: Scene, options: Options) -> ViewerState:
     import torch
 
     from scenesplat_lora.labelling import label_scene
-    from scenesplat_lora.language.scene_features import scene_features
     from scenesplat_lora.language.zero_shot import label
+    from scenesplat_lora.scene_features import scene_features
     from scenesplat_lora.viewer_state import ViewerState
 
     classes, model, how = options.classes(), options.load(), options.labelling()

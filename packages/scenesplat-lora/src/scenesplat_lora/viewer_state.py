@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_core.errors import DataError, near, one_line
-from scenesplat_lora.language.scene_features import SceneFeatures
 from scenesplat_lora.language.text_embeddings import TextEmbeddings
 from scenesplat_lora.picture import class_colours, label_colours
+from scenesplat_lora.scene_features import SceneFeatures
 from scenesplat_lora.scenes.scene import Scene, take_rows
 
 COLOURS, PREDICTION, TRUTH, QUERY = "colours", "prediction", "labels", "query"
