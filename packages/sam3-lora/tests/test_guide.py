@@ -107,7 +107,7 @@ def test_the_guides_command_resumes_a_run(tmp_path: Path, monkeypatch: pytest.Mo
     argv = "--config src/configs/lora_config_example.yaml --resume experiments/checkpoints/best.pt"
     cfg, run = settings(argv.split())
     assert run is not None
-    assert (run.folder, run.logs) == (folder, Path("experiments") / "logs")
+    assert (run.folder, run.csv.parent) == (folder, Path("experiments") / "logs")
     assert cfg.resume == "experiments/checkpoints/best.pt"
     cfg.resume = None
     assert cfg == Config()
