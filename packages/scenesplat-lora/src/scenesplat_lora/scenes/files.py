@@ -53,7 +53,7 @@ def list_scenes(
             problems.append(f"split {one_line(name)!r} is named {count} times")
         if not folder.is_dir():
             known = [entry.name for entry in _folders(Path(data_root))]
-            hint = near(name, known) or f"the folders there are {', '.join(known) or 'none'}"
+            hint = near(name, known) or f"folders there: {', '.join(known) or 'none'}"
             problems.append(f"{one_line(folder.absolute())}: no such split; {hint}")
             continue
         found = [s for s in _folders(folder) if s.name.split("_")[0] not in filtered_scene]
