@@ -253,14 +253,19 @@ class Splits:
     bad: tuple[Bad, ...] = ()  # what was left out, and why
 
     def __str__(self) -> str:
+        counts = {"Gaussians": "rows", "with language": "valid", "with label": "labelled"}
+        # What a run has no use for is not counted.
+        shown = {
+            title: key for title, key in counts.items() if any(f[key] for f in self.facts.values())
+        }
         rows = []
         for split in ("train", "val"):
             found = [facts for (name, _), facts in self.facts.items() if name == split]
-            sums = [sum(one[what] for one in found) for what in ("rows", "valid", "labelled")]
             if found:
+                sums = [sum(one[key] for one in found) for key in shown.values()]
                 rows.append((split, len(found), *(f"{count:,}" for count in sums)))
-        header = ("split", "scenes", "Gaussians", "with language", "with label")
-        return "\n".join([table(header, rows), *(f"note: {note}" for note in self.notes)])
+        notes = [f"note: {note}" for note in self.notes]
+        return "\n".join([table(("split", "scenes", *shown), rows), *notes])
 
 
 def load(cfg: Config, needs: Needs, share: Share = lambda make: make()) -> Splits:
