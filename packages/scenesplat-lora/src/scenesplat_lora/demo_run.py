@@ -7,7 +7,8 @@ choosing the best epoch; the merged model is scored from its file.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,6 +60,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     writable(options.output, "--output")
     folder = empty_folder(Path(options.output), PROGRAM, options.overwrite)
+    with one_thread():
+        run(options, folder)
+    say(f"\ndone in {duration(time.monotonic() - began)}")
+    return 0
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread: the tiny network's would only wait for each other.
+
+    Two took twice the CPU time, and many times as long beside other programs.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run(options: Options, folder: Path) -> None:
+    """All stages, in an empty folder."""
     from scenesplat_lora import demo, merge
     from scenesplat_lora.train import train
 
@@ -75,8 +100,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     say(f"adapter:          {adapter}")
     say(f"adapter for PEFT: {folder / 'run' / 'adapter'}")
     say(f"merged model:     {merged}")
-    say(f"\ndone in {duration(time.monotonic() - began)}")
-    return 0
 
 
 def base_of(folder: Path) -> Path:
