@@ -1,0 +1,1 @@
+"""From a picture and a map of its instances to what the transformer is conditioned on."""

@@ -1,0 +1,1 @@
+"""How scenes are made from noise: the rectified flow, its losses, sampling."""

@@ -1,0 +1,1 @@
+"""Meshes: read, sampled, rendered, taken from fields, written."""

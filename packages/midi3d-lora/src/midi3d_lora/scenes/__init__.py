@@ -1,0 +1,1 @@
+"""Scenes to train on: their folders, their points, what tells about them."""

@@ -1,0 +1,1 @@
+"""Where prepared scenes come from: folders of meshes, 3D-FRONT, Objaverse."""

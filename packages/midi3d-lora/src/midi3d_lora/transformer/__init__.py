@@ -1,0 +1,1 @@
+"""The diffusion transformer of MIDI-3D (TripoSG with multi-instance attention), key for key."""

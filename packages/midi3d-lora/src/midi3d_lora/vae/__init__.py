@@ -1,0 +1,1 @@
+"""The set autoencoder of TripoSG: surface points to latents, latents to a field in space."""

@@ -1,0 +1,1 @@
+"""Parts of `tools/pretrain_midi3d_demo_base.py`."""
