@@ -1,0 +1,1 @@
+"""From conversations in JSON to the model's sequences and labels."""

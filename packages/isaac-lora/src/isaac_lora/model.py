@@ -1,0 +1,165 @@
+"""The model of a training run: its base from a model folder, depth for its images, LoRA on it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from isaac_lora import lora, official
+from isaac_lora.adapter_files import load_adapter
+from isaac_lora.config import Config
+from isaac_lora.conversations.tokenizer_files import find_tokenizer
+from isaac_lora.depth.checkpoint import find_depth_checkpoint
+from isaac_lora.depth.depth_cache import DepthGrids
+from isaac_lora.depth.settings import setting_problems
+from isaac_lora.lora_choice import LoraChoice, names_of
+from lora_core import preflight
+from lora_core.adapters import on_base
+from lora_core.errors import ConfigError, listing
+from lora_core.report import say
+
+if TYPE_CHECKING:
+    from isaac_lora.network.isaac import IsaacForConditionalGeneration
+    from lora_core.cache import FeatureCache
+
+
+def folder_of(cfg: Config) -> Path:
+    """The model folder.
+
+    Raises:
+        CheckpointError: there is none, or what it lacks.
+    """
+    return official.find_model(cfg.model_path)
+
+
+def choice_of(cfg: Config) -> LoraChoice:
+    """The layers and ranks of a configuration.
+
+    Raises:
+        ConfigError: values that cannot work.
+    """
+    return LoraChoice(
+        r=cfg.lora_r,
+        alpha=cfg.lora_alpha,
+        dropout=cfg.lora_dropout,
+        bias=cfg.lora_bias,
+        target_modules=names_of(cfg.target_modules),
+        seed=cfg.seed,
+    )
+
+
+# -- depth -----------------------------------------------------------------------------------------
+
+
+def depths_of(
+    cfg: Config, device: torch.device | str = "cpu", cache: FeatureCache | None = None
+) -> DepthGrids | None:
+    """The depth of images, as the configuration asks for it; None: without.
+
+    The depth model is looked at, and read when it is first needed.
+
+    Raises:
+        CheckpointError: missing, or of another model.
+        ConfigError: settings that do not go with it.
+    """
+    if not cfg.use_depth:
+        return None
+    checkpoint = find_depth_checkpoint(str(cfg.depth_checkpoint_path))
+    if problems := setting_problems(cfg.depth_alpha, cfg.depth_input_size, checkpoint.patch):
+        raise ConfigError(listing([f"--{line}" for line in problems]))
+    return DepthGrids(checkpoint, cfg.depth_input_size, device, cache)
+
+
+# -- the network -----------------------------------------------------------------------------------
+
+
+def skeleton(cfg: Config) -> IsaacForConditionalGeneration:
+    """The model on the meta device: only settings are read.
+
+    Raises:
+        CheckpointError: settings that make no model.
+    """
+    return official.empty_model(folder_of(cfg))
+
+
+def build(
+    cfg: Config, dtype: torch.dtype = torch.float32, depths: DepthGrids | None = None
+) -> IsaacForConditionalGeneration:
+    """The base model: frozen, in evaluation mode, on the CPU.
+
+    With `use_depth` it refuses images without their depth.
+
+    Args:
+        dtype: of the weights. In mixed precision they are multiplied in half precision anyway, so
+            that keeping them in it changes no number and halves their memory.
+        depths: what the rest of the program has from `depths_of`; None: one of its own.
+
+    Raises:
+        CheckpointError: missing, damaged, or of another shape.
+    """
+    model = official.load_model(folder_of(cfg), dtype)
+    model.config.use_depth = cfg.use_depth
+    if cfg.use_depth:
+        model.config.depth_alpha = cfg.depth_alpha
+        model.config.depth_input_size = cfg.depth_input_size
+        model.depth = depths or depths_of(cfg)
+    if cfg.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model.requires_grad_(False)
+
+
+def adapted(model: IsaacForConditionalGeneration, cfg: Config) -> IsaacForConditionalGeneration:
+    """Put the adapters of a configuration on its base, train nothing else, and say what is adapted.
+
+    Raises:
+        CheckpointError: an adapter that does not fit, or was trained with other depth.
+        ConfigError: impossible LoRA settings.
+    """
+    if cfg.adapter:
+        load_adapter(model, cfg.adapter, trainable=True)
+        say(f"starting from {cfg.adapter}; its rank, alpha and layers are used")
+        return model
+    summary = lora.inject(model, choice_of(cfg))
+    say(summary)
+    say(f"adapted layers: {lora.by_part([row.path for row in summary.rows])}")
+    return model
+
+
+def fingerprint(cfg: Config) -> str:
+    """SHA-256 of the model's settings and weight files."""
+    folder = folder_of(cfg)
+    digest = hashlib.sha256()
+    for path in (folder / official.SETTINGS, *official.find_weights(folder).files):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+# -- before weights are read -----------------------------------------------------------------------
+
+
+def glance(cfg: Config) -> None:
+    """Look at the headers of all files of the model, and choose layers on a skeleton.
+
+    Raises:
+        CheckpointError: missing files, or those of another model; a missing adapter.
+        ConfigError: layers that do not exist; depth settings that do not go with its model.
+    """
+    if cfg.depth_checkpoint_path and not cfg.use_depth:
+        say("Note: --depth_checkpoint_path is given, but not --use_depth: images have no depth")
+    preflight.check_all(
+        lambda: on_base.refuse_missing(cfg.adapter), lambda: _base_fits(cfg), lambda: depths_of(cfg)
+    )
+
+
+def _base_fits(cfg: Config) -> None:
+    folder = folder_of(cfg)
+    model = official.check_folder(folder)
+    checks: list[Callable[[], object]] = [lambda: find_tokenizer(folder)]
+    if not cfg.adapter:
+        checks.append(lambda: lora.adapted_layers(model, choice_of(cfg)))
+    preflight.check_all(*checks)

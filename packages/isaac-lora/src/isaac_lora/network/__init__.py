@@ -1,0 +1,1 @@
+"""Isaac as a model of transformers: configuration, vision tower, positions, decoder, loss."""
