@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lora_core.adapters.file import load_adapter, read_adapter, save_adapter
+from lora_core.adapters.file import load_adapter, read_adapter, save_adapter, write_adapter
 from lora_core.config import LoraConfig, Slices
 from lora_core.errors import CheckpointError, ConfigError
 from lora_core.injection import inject, lora_layers, set_adapters
@@ -125,6 +125,18 @@ def test_saved_loaded_and_saved_again_is_the_same(case, form, tmp_path):
         assert torch.equal(out(loaded), out(model))
     again = save_adapter(loaded, tmp_path / "b" / form, metadata={"step": 3, "iou": 0.5})
     assert content(again) == content(first)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", ["linear", "patterns", "slices_rslora", "modules_to_save", "dora"])
+def test_the_other_form_is_written_without_a_model_as_it_is_with_one(case, form, tmp_path):
+    model, other = trained(CASES[case]), FORMS[1 - FORMS.index(form)]
+    saved = save_adapter(model, tmp_path / "a" / form, metadata={"step": 3})
+    wanted = content(save_adapter(model, tmp_path / "b" / other, metadata={"step": 3}))
+    found = content(write_adapter(read_adapter(saved), tmp_path / "c" / other))
+    for files in (wanted, found):  # what plain PEFT gets wrong is known from the model alone
+        files.pop("README.md", None)
+    assert found == wanted
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -241,6 +253,15 @@ def test_a_directory_says_what_peft_gets_wrong(tmp_path):
     inject(tied, LoraConfig(["0"], r=2))
     save_adapter(tied, tmp_path / "c")
     assert "several layers share" in (tmp_path / "c" / "README.md").read_text()
+
+
+def test_a_directory_says_its_task_and_what_its_writer_remarks(tmp_path):
+    model = trained(LoraConfig(["qkv"], r=2))
+    save_adapter(model, tmp_path, task_type="CAUSAL_LM", remarks=["Made for a test."])
+    assert settings(tmp_path)["task_type"] == "CAUSAL_LM"
+    assert "Made for a test." in (tmp_path / "README.md").read_text()
+    save_adapter(model, tmp_path)
+    assert settings(tmp_path)["task_type"] is None
 
 
 @pytest.mark.fault("K35")

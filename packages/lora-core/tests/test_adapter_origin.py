@@ -33,6 +33,7 @@ def test_another_base_of_the_same_shapes_is_said(tmp_path, form):
     silently(lambda: load_adapter(Net(), path))
     silently(lambda: load_adapter(Net().bfloat16(), path))  # the same base in another precision
     silently(lambda: load_adapter(Net().double(), path))
+    silently(lambda: load_adapter(Net().half(), path))
     other = Net()
     with torch.no_grad():
         other.blocks[1]["proj"].weight.mul_(1.05)

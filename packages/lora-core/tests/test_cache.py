@@ -371,3 +371,15 @@ def test_files_and_folders_by_content_not_by_place(tmp_path):
     )
     with pytest.raises(CheckpointError, match=r"cannot read .*missing"):
         fingerprint(tmp_path / "missing")
+
+
+def test_a_value_can_be_looked_for_and_kept_without_computing_it(tmp_path):
+    cache = FeatureCache(tmp_path, 10**6)
+    assert cache.find({"a": "1"}) is None
+    kept = cache.keep({"a": "1"}, {"x": torch.arange(6.0).view(2, 3).T})
+    assert kept["x"].is_contiguous()
+    found = cache.find({"a": "1"})
+    assert found is not None
+    assert torch.equal(found["x"], kept["x"])
+    assert (cache.hits, cache.misses) == (1, 1)
+    assert torch.equal(cache.get({"a": "1"}, dict)["x"], kept["x"])

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import shlex
-from types import SimpleNamespace
+from dataclasses import dataclass
 
 import pytest
+import torch
 
-from lora_core.demo_folder import COLUMNS, check_options, empty_folder, run_verb, typed, words
+from lora_core.config import option
+from lora_core.demo_folder import (
+    COLUMNS,
+    MARK,
+    Demo,
+    empty_folder,
+    main,
+    one_thread,
+    run_verb,
+    typed,
+    words,
+)
 from lora_core.errors import ConfigError
 
-LEAST = {"epochs": 1, "seed": 0}
+
+@dataclass
+class Options(Demo):
+    """Settings of a package's demo."""
+
+    epochs: int = option(8, "Passes over the data.", "training")
+    seed: int = option(0, "Fixes everything.", "training")
 
 
 def test_a_shown_command_is_what_a_shell_understands() -> None:
@@ -35,19 +53,42 @@ def test_a_command_is_shown_and_run_with_the_same_words(capsys) -> None:
     assert capsys.readouterr().out == "\nsam2-lora merge --adapter a.pt --scenes b c\n\n"
 
 
-def test_all_impossible_options_are_named_together() -> None:
-    options = SimpleNamespace(epochs=0, seed=-1, learning_rate=float("inf"))
+def test_all_impossible_settings_are_named_together() -> None:
     with pytest.raises(ConfigError) as caught:
-        check_options(options, LEAST)
+        Options(epochs=0, seed=-1, learning_rate=float("inf"))
     named = [line.split(" is ")[0] for line in str(caught.value).splitlines()]
-    assert named == ["--epochs", "--seed", "--learning_rate"]
-    check_options(SimpleNamespace(epochs=1, seed=0, learning_rate=1e-3), LEAST)
+    assert sorted(named) == ["--epochs", "--learning_rate", "--seed"]
+    assert Options(epochs=1, seed=0).output == "demo_run"
 
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, float("nan")])
 def test_a_learning_rate_is_a_finite_number_above_0(rate) -> None:
     with pytest.raises(ConfigError, match=f"--learning_rate is {rate}: "):
-        check_options(SimpleNamespace(epochs=1, seed=0, learning_rate=rate), LEAST)
+        Options(learning_rate=rate)
+
+
+def test_a_demo_runs_in_an_empty_folder_of_its_own(tmp_path, capsys) -> None:
+    seen = []
+
+    def run(options: Options, folder) -> None:
+        seen.append((options.epochs, sorted(path.name for path in folder.iterdir())))
+        (folder / "result").write_text("done")
+
+    words = ["--output", str(tmp_path / "demo"), "--epochs", "3"]
+    assert main("sam2-lora", Options, run, words) == 0
+    assert seen == [(3, [MARK])]
+    assert "done in " in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="add --overwrite"):
+        main("sam2-lora", Options, run, words)
+    assert main("sam2-lora", Options, run, [*words, "--overwrite"]) == 0
+    assert seen[1] == seen[0]
+
+
+def test_one_thread_computes_meanwhile() -> None:
+    before = torch.get_num_threads()
+    with one_thread():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
 
 
 def test_only_a_folder_of_the_same_demo_is_emptied(tmp_path) -> None:

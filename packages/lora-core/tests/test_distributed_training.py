@@ -373,13 +373,13 @@ def test_a_save_that_fails_on_the_first_rank_is_an_error_on_all(tmp_path):
 @pytest.mark.fault("R19", "R22", "R44")
 def test_an_evaluation_may_take_longer_than_a_collective(tmp_path):
     def slow(model):
-        time.sleep(1.5)
+        time.sleep(6)
         return evaluate(model)
 
     def target(rank):
         trainer(tmp_path, 2, steps=2, measure=slow, eval_steps=9).train()
 
-    assert_all_well(run(target, timeout=1))
+    assert_all_well(run(target, timeout=4))  # 1 is little on a busy machine
 
 
 @pytest.mark.slow
@@ -393,10 +393,10 @@ def test_a_rank_that_hangs_ends_all_at_the_time_limit_of_collectives(tmp_path):
 
         trainer(tmp_path, 2, loss=hangs, measure=None).train()
 
-    ended = run(target, timeout=3)  # 1 is over on a busy machine before the training begins
+    ended = run(target, timeout=12)  # 3 may be over on a busy machine before the training begins
     assert [process.status for process in ended] == [2, 2], ended
-    assert max(process.seconds for process in ended) < 25
-    assert_one_message(ended, "rank 0 waited in vain", "Timed out waiting 3000ms")
+    assert max(process.seconds for process in ended) < 60
+    assert_one_message(ended, "rank 0 waited in vain", "Timed out waiting 12000ms")
     assert "rank 1 is at test_distributed_training.py:" in ended[0].output
     assert "(hangs)" in ended[0].output
 

@@ -12,12 +12,16 @@ from tiny_training import Points, collate, loss, network
 from lora_core import find_lr
 from lora_core.checkpoint import state as checkpoint_state
 from lora_core.errors import ConfigError, NumericError
+from lora_core.ramp import Ramp
+from lora_core.training.out_of_memory import Advice
 
 
-def ramp(model=None, loss=loss, data=None, **settings):
-    settings = {"batch_size": 8, "steps": 60, **settings}
+def ramp(model=None, loss=loss, data=None, *, steps=60, low=1e-5, high=1.0, **updates):
     model = network(dropout=0.1) if model is None else model
-    return find_lr.ramp(model, loss, data or Points(), collate, **settings)
+    updates = find_lr.Updates(**{"batch_size": 8, **updates})
+    return find_lr.ramp(
+        model, loss, data or Points(), collate, updates, steps=steps, low=low, high=high
+    )
 
 
 def test_the_suggestion_lies_where_the_loss_falls():
@@ -152,3 +156,48 @@ def test_accumulated_batches_give_the_curve_of_large_ones():
     whole = ramp(model, data=points, batch_size=8, steps=12, high=1e-2)
     parts = ramp(model, data=points, batch_size=2, accumulation=4, steps=12, high=1e-2)
     assert parts.ratios == pytest.approx(whole.ratios, rel=1e-4)
+
+
+# -- what the command does with it -----------------------------------------------------------------
+
+
+def suggest(folder, loss=loss, **options):
+    options = Ramp(**{"ramp_dir": str(folder), "ramp_steps": 20, **options})
+    find_lr.suggest(
+        network(dropout=0.0),
+        loss,
+        Points(),
+        collate,
+        find_lr.Updates(batch_size=8),
+        options,
+        flag="--optimizer.lr",
+        advice=Advice(["--batch_size 4"]),
+    )
+
+
+def test_the_curve_its_end_and_the_suggestion_are_told(tmp_path, capsys):
+    suggest(tmp_path / "ramp", ramp_to=0.1)
+    lines = capsys.readouterr().out.splitlines()
+    curve = ramp(network(dropout=0.0), steps=20, high=0.1)
+    assert lines[-4:] == [
+        str(tmp_path / "ramp" / "find_lr.png"),
+        str(tmp_path / "ramp" / "find_lr.csv"),
+        f"all 20 steps done, at learning rate {curve.rates[-1]:.1e}",
+        f"suggestion: --optimizer.lr {find_lr.rounded(curve.suggestion):.0e}",
+    ]
+
+
+def test_without_a_suggestion_the_curve_is_there_to_look_at(tmp_path, capsys):
+    with pytest.raises(NumericError, match="made the loss fall"):
+        suggest(tmp_path, ramp_from=1e-9, ramp_to=1e-7)
+    assert {path.name for path in tmp_path.iterdir()} == {"find_lr.csv", "find_lr.png"}
+    assert "all 20 steps done" in capsys.readouterr().out
+
+
+def test_memory_that_runs_out_is_answered_with_what_helps(tmp_path):
+    def full(model, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.25 GiB.")
+
+    with pytest.raises(ConfigError, match=r"out of memory in the ramp: .*\n.*1\. --batch_size 4"):
+        suggest(tmp_path / "ramp", full)
+    assert not (tmp_path / "ramp").exists()

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lora_core import disk
+from lora_core import disk, dropout
 from lora_core.config import LoraConfig
 from lora_core.errors import ConfigError
 from lora_core.injection import inject
@@ -80,6 +81,12 @@ def test_a_step_without_values_takes_no_memory_however_large_it_is():
     assert simulate(adapted("meta"), loss, batch).saved > 100e9
 
 
+def test_masks_of_large_inputs_take_few_operations_where_there_are_no_values():
+    with FakeTensorMode():
+        blocks = list(dropout.random_bits(0, 10**5, 2048, torch.device("cpu")))
+    assert len(blocks) == 7  # and not 1563, each of them as slow
+
+
 def test_a_loss_may_read_values():
     def reading(model, batch):
         found = model(batch["x"])
@@ -127,6 +134,15 @@ def test_an_estimate_adds_up_all_that_lives_on_the_device():
     for name in ("weights", "adapters", "gradients", "moments", "activations", "workspace"):
         assert name in text
     assert size(found.total) in text.splitlines()[-1]
+
+
+def test_weights_are_counted_once_and_not_as_what_operations_make_of_them():
+    """A layer's product takes a view of its weight; the step here needs a few rows beside it."""
+    with torch.device("meta"):
+        network = nn.Sequential(*[nn.Linear(500, 500) for _ in range(6)]).requires_grad_(False)
+        network[0].bias.requires_grad_(True)
+    found = estimate(network, loss, {"x": torch.zeros(2, 500)})
+    assert found.workspace < 6 * 2 * 500 * 4
 
 
 def test_sizes_are_written_as_people_read_them():

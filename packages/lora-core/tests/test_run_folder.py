@@ -10,7 +10,7 @@ import torch
 from lora_core.config import dump, option
 from lora_core.errors import CheckpointError, ConfigError
 from lora_core.guards import Guards
-from lora_core.ramp import Ramp, ramp_problems
+from lora_core.ramp import Ramp
 from lora_core.run_folder import RunFolder, by_flag, named, read_settings, travelling
 from lora_core.validate import REPORT, Bad, read_and_settle
 
@@ -108,9 +108,7 @@ def test_each_process_reads_but_only_the_first_settles():
 
 @dataclass
 class Options(Ramp, Config):
-    def problems(self):
-        yield from super().problems()
-        yield from ramp_problems(self, "x-lora train")
+    train_command = "x-lora train"
 
 
 def test_the_settings_of_find_lr_come_after_those_of_a_training_and_are_checked():

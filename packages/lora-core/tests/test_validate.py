@@ -144,6 +144,16 @@ def test_a_fault_of_the_program_is_no_bad_sample() -> None:
         list(shielded.each(lambda index: 1 // index, 3, name="x{}".format))
 
 
+@pytest.mark.parametrize(("worth", "processes"), [(8, 1), (1, 3)])
+def test_slow_inputs_are_worth_a_worker_each(worth: int, processes: int) -> None:
+    def process(_: int) -> int:
+        time.sleep(0.1)
+        return os.getpid()
+
+    outcomes = [outcome for _, outcome in shielded.each(process, 3, workers=4, worth=worth)]
+    assert len({outcome.value for outcome in outcomes}) == processes
+
+
 def test_where_processes_cannot_be_forked_the_outcomes_are_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

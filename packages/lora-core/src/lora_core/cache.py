@@ -62,14 +62,22 @@ class FeatureCache:
                 of the sample, and the settings of the preprocessing.
             compute: makes the value. A name keeps its tensor's shape and dtype.
         """
-        path = self.path(key_parts)
-        found = self._read(path)
-        if found is not None:
+        found = self.find(key_parts)
+        return self.keep(key_parts, compute()) if found is None else found
+
+    def find(self, key_parts: Mapping[str, str]) -> dict[str, Tensor] | None:
+        """The value for these parts from disk; None: it is not there, or damaged."""
+        found = self._read(self.path(key_parts))
+        if found is None:
+            self.misses += 1
+        else:
             self.hits += 1
-            return found
-        self.misses += 1
-        tensors = {name: plain(tensor) for name, tensor in compute().items()}
-        self._write(path, tensors, key_parts)
+        return found
+
+    def keep(self, key_parts: Mapping[str, str], value: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Write a value, and give it as it will be read."""
+        tensors = {name: plain(tensor) for name, tensor in value.items()}
+        self._write(self.path(key_parts), tensors, key_parts)
         return tensors
 
     def path(self, key_parts: Mapping[str, str]) -> Path:
@@ -119,7 +127,7 @@ class FeatureCache:
     def _go_on_without(self, error: CheckpointError) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(f"{error}; going on without storing features", stacklevel=4)
+            warnings.warn(f"{error}; going on without storing features", stacklevel=5)
 
     def _evict(self, keep: Path) -> None:
         """Delete the entries that were not used for longest, down to 15/16 of the bound."""

@@ -9,7 +9,7 @@ import re
 import stat
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
@@ -65,17 +65,12 @@ def read_json_of_many(path: Path) -> tuple[Any, bool]:
         constants.append(name)
         return float(name)
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):  # Python would keep the last and lose the others
-            twice = next(key for key, count in Counter(k for k, _ in pairs).items() if count > 1)
-            raise DataError(f"{one_line(path)}: the key {shown(twice)} stands twice in one object")
-        return found
-
     data = _json_bytes(path)
     try:
         content = json.loads(
-            data.decode("utf-8-sig"), parse_constant=constant, object_pairs_hook=once
+            data.decode("utf-8-sig"),
+            parse_constant=constant,
+            object_pairs_hook=keys_once(one_line(path)),
         )
         return content, not constants
     except DataError:  # a ValueError too
@@ -94,6 +89,23 @@ def read_json_of_many(path: Path) -> tuple[Any, bool]:
         raise DataError(f"{place}: not JSON: {error.msg}{hint}") from None
     except ValueError:  # Python refuses to read integers of thousands of digits
         raise DataError(f"{one_line(path)}: holds a number of thousands of digits") from None
+
+
+def keys_once(place: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    """An `object_pairs_hook` of `json.loads` that refuses a key that stands twice.
+
+    Args:
+        place: file, and line if there is one, for the message of the DataError.
+    """
+
+    def made(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):  # Python would keep the last and lose the others
+            twice = next(key for key, count in Counter(k for k, _ in pairs).items() if count > 1)
+            raise DataError(f"{place}: the key {shown(twice)} stands twice in one object")
+        return found
+
+    return made
 
 
 def _json_bytes(path: Path) -> bytes:

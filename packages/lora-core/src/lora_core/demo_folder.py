@@ -1,43 +1,72 @@
-"""What the packages' demos share: options, a folder that may be emptied again, shown commands."""
+"""What the packages' demos share: settings, a folder to be emptied again, threads, commands."""
 
 from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TypeVar
 
-from lora_core.config import MAX_FLOAT
+from lora_core.config import MAX_FLOAT, option, parse
 from lora_core.errors import ConfigError, listing, one_line
 from lora_core.guards import count_problem
-from lora_core.report import say
+from lora_core.preflight import writable
+from lora_core.report import duration, say
 
 MARK = ".demo"  # a file in every folder that a demo made, with the name of its program
 COLUMNS = 100  # of a command on the screen
 
 
-class Trained(Protocol):
-    """Options of a demo: at least the learning rate of its training."""
-
-    learning_rate: float
-
-
-def check_options(options: Trained, least: Mapping[str, int]) -> None:
-    """Refuse options that cannot work.
-
-    Args:
-        least: the smallest allowed value of each option that is a whole number.
+@dataclass
+class Demo:
+    """Settings that all demos have; a package adds its own, `seed` and what has to be 1 or more.
 
     Raises:
-        ConfigError: numbers below that, or a learning rate that is not finite and above 0.
+        ConfigError: whole numbers below that, or a learning rate that is not finite and above 0.
     """
-    wrong = [line for name, value in least.items() for line in count_problem(options, name, value)]
-    if not 0 < options.learning_rate <= MAX_FLOAT:
-        rate = f"--learning_rate is {options.learning_rate}"
-        wrong.append(f"{rate}: it must be a finite number above 0")
-    if wrong:
-        raise ConfigError(listing(wrong))
+
+    output: str = option("demo_run", "Folder for the data, the run and the pictures.", "output")
+    overwrite: bool = option(False, "Replace the results of an earlier demo.", "output")
+    learning_rate: float = option(1e-3, "Peak learning rate.", "training")
+
+    def __post_init__(self) -> None:
+        whole = [name for name, value in vars(self).items() if type(value) is int]
+        wrong = [
+            line for name in whole for line in count_problem(self, name, 0 if name == "seed" else 1)
+        ]
+        if not 0 < self.learning_rate <= MAX_FLOAT:
+            rate = f"--learning_rate is {self.learning_rate}"
+            wrong.append(f"{rate}: it must be a finite number above 0")
+        if wrong:
+            raise ConfigError(listing(wrong))
+
+
+D = TypeVar("D", bound=Demo)
+
+
+def main(
+    program: str, kind: type[D], run: Callable[[D, Path], None], argv: Sequence[str] | None
+) -> int:
+    """Run `<program> demo` with these words; returns the exit code.
+
+    Args:
+        kind: the demo's settings.
+        run: all stages, in an empty folder.
+
+    Raises:
+        UserError: the output exists.
+    """
+    about = "Base, LoRA, merged: all the way."
+    options = parse(kind, argv or [], prog=f"{program} demo", description=about)
+    began = time.monotonic()
+    writable(options.output, "--output")
+    run(options, empty_folder(Path(options.output), program, options.overwrite))
+    say(f"\ndone in {duration(time.monotonic() - began)}")
+    return 0
 
 
 def empty_folder(folder: Path, program: str, overwrite: bool) -> Path:
@@ -60,6 +89,22 @@ def empty_folder(folder: Path, program: str, overwrite: bool) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     mark.write_text(content)
     return folder
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread: those of tiny networks would only wait for each other.
+
+    Two took twice the CPU time, and many times as long beside other programs.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def run_verb(

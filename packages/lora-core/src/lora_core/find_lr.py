@@ -29,10 +29,12 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from lora_core.errors import ConfigError, NumericError
 from lora_core.injection import parameter_groups
-from lora_core.report import Progress
+from lora_core.ramp import Ramp
+from lora_core.report import Progress, say
 from lora_core.tensor_file import atomic_write
 from lora_core.training.checks import check_trainable, undone
 from lora_core.training.loss import Loss, LossModule, batch_loss
+from lora_core.training.out_of_memory import Advice, explained
 from lora_core.training.schedule import EpochSampler
 
 if TYPE_CHECKING:
@@ -42,6 +44,27 @@ WIDTH = 5.0  # steps
 RECENT = 8  # steps whose mean says whether the loss has diverged
 DIVERGED = 1.5  # times the lowest such mean: the ramp ends
 LEARNED = 0.98  # a smoothed ratio above it is noise
+
+
+@dataclass(frozen=True)
+class Updates:
+    """How a training updates its weights, whatever a package calls these settings.
+
+    Attributes:
+        batch_size: samples. accumulation: batches of an update.
+        max_grad_norm: gradients are clipped to it; infinity: they are not.
+        seed: fixes the order of the samples and dropout.
+        precision: fp32, or bf16 or fp16 under autocast.
+        num_workers: processes that load samples.
+    """
+
+    batch_size: int
+    accumulation: int = 1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    seed: int = 42
+    precision: str = "fp32"
+    num_workers: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,22 +134,48 @@ def rounded(rate: float) -> float:
     return float(f"{rate:.0e}")
 
 
+def suggest(
+    network: nn.Module,
+    loss: Loss,
+    train_set: Dataset[Any],
+    collate: Callable[[list[Any]], Any],
+    updates: Updates,
+    options: Ramp,
+    *,
+    flag: str,
+    advice: Advice | None = None,
+) -> None:
+    """Run the ramp of `find-lr`, write its curve, and say how it ended and which rate is good.
+
+    Args:
+        options: how far the rate rises, and where the curve is written.
+        flag: how a package calls the learning rate, such as `--learning_rate`.
+        advice: what to do when memory runs out.
+
+    Raises:
+        ConfigError: memory runs out.
+        CheckpointError: the curve cannot be written.
+        NumericError: see `ramp` and `Curve.suggestion`; the latter when the curve is written.
+    """
+    steps, low, high = options.ramp_steps, options.ramp_from, options.ramp_to
+    with explained(network, lambda: "the ramp", advice):
+        curve = ramp(network, loss, train_set, collate, updates, steps=steps, low=low, high=high)
+    numbers, picture = write(curve, options.ramp_dir)
+    say(f"\n{picture}\n{numbers}")
+    say(f"{curve.end}, at learning rate {curve.rates[-1]:.1e}")
+    say(f"suggestion: {flag} {rounded(curve.suggestion):.0e}")
+
+
 def ramp(
     network: nn.Module,
     loss: Loss,
     train_set: Dataset[Any],
     collate: Callable[[list[Any]], Any],
+    updates: Updates,
     *,
-    batch_size: int,
-    accumulation: int = 1,
-    steps: int = 100,
-    low: float = 1e-5,
-    high: float = 1.0,
-    weight_decay: float = 0.0,
-    max_grad_norm: float = 1.0,
-    seed: int = 42,
-    precision: str = "fp32",
-    num_workers: int = 0,
+    steps: int,
+    low: float,
+    high: float,
 ) -> Curve:
     """Train `steps` updates with AdamW while the rate rises from `low` to `high`.
 
@@ -140,30 +189,31 @@ def ramp(
     if not 0 < low < high or steps < 10:
         raise ConfigError(f"a ramp of {steps} steps from {low:g} to {high:g}: at least 10, rising")
     check_trainable(network)
-    order = list(EpochSampler(len(train_set), seed))  # type: ignore[arg-type]
-    order = order[: steps * accumulation * batch_size]
+    order = list(EpochSampler(len(train_set), updates.seed))  # type: ignore[arg-type]
+    order = order[: steps * updates.accumulation * updates.batch_size]
     loader = DataLoader(
-        Subset(train_set, order), batch_size, collate_fn=collate, num_workers=num_workers
+        Subset(train_set, order),
+        updates.batch_size,
+        collate_fn=collate,
+        num_workers=updates.num_workers,
     )
     rates = [low * (high / low) ** (k / (steps - 1)) for k in range(steps)]
     with undone(network):
         module = LossModule(network, loss).train()
-        optimizer = torch.optim.AdamW(parameter_groups(network, low, weight_decay), lr=low)
-        started = _before(module, loader, seed, precision)
+        optimizer = torch.optim.AdamW(parameter_groups(network, low, updates.weight_decay), lr=low)
+        started = _before(module, loader, updates)
         batches = _again_and_again(started, loader)
-        windows = zip(*[batches] * accumulation, strict=False)  # of as many batches each
-        return _climb(module, optimizer, windows, rates, max_grad_norm, precision)
+        windows = zip(*[batches] * updates.accumulation, strict=False)  # of as many batches each
+        return _climb(module, optimizer, windows, rates, updates)
 
 
-def _before(
-    module: nn.Module, loader: Iterable[Any], seed: int, precision: str
-) -> list[tuple[int, float]]:
+def _before(module: nn.Module, loader: Iterable[Any], updates: Updates) -> list[tuple[int, float]]:
     """For every batch a seed, and its loss with that seed before the first update."""
     found = []
     with torch.no_grad():
-        for number, batch in enumerate(loader):
-            torch.manual_seed(seed + number)
-            found.append((seed + number, float(batch_loss(module, batch, precision))))
+        for seed, batch in enumerate(loader, start=updates.seed):
+            torch.manual_seed(seed)
+            found.append((seed, float(batch_loss(module, batch, updates.precision))))
     if not all(math.isfinite(value) and value > 0 for _, value in found):
         raise NumericError("the loss is not finite and positive before any update: check the data")
     return found
@@ -174,8 +224,7 @@ def _climb(
     optimizer: torch.optim.Optimizer,
     windows: Iterable[Sequence[tuple[tuple[int, float], Any]]],
     rates: Sequence[float],
-    max_grad_norm: float,
-    precision: str,
+    updates: Updates,
 ) -> Curve:
     """Update by update, until the loss has diverged; a loss that is not finite does not count."""
     ratios: list[float] = []
@@ -189,7 +238,7 @@ def _climb(
             now = 0.0
             for (seed, _), batch in window:
                 torch.manual_seed(seed)  # dropout as before: what changes is the weights
-                value = batch_loss(module, batch, precision)
+                value = batch_loss(module, batch, updates.precision)
                 (value / len(window)).backward()
                 now += float(value.detach())
             ratio = now / sum(started for (_, started), _ in window)
@@ -197,7 +246,7 @@ def _climb(
             if diverged:
                 break
             ratios.append(ratio)
-            if torch.isfinite(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm)):
+            if torch.isfinite(torch.nn.utils.clip_grad_norm_(trained, updates.max_grad_norm)):
                 optimizer.step()
             progress.update(len(ratios))
     return Curve(tuple(rates[: len(ratios)]), tuple(ratios), tuple(smoothed(ratios)), diverged)

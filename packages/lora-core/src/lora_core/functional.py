@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lora_core import dropout
+from lora_core import dropout, remade
 from lora_core.weights import (
     Rows,
     as_matrix,
@@ -131,7 +131,8 @@ def lora_linear(
     """`y = x W^T + b + sum over branches of s (D(x) A^T) B^T`, x (.., di) -> (.., do).
 
     With blocks, block j adds `s (D(x) A_j^T) B_j^T` to its own output columns. Kept for the
-    backward pass: x (only if some A trains) and each `h = D(x) A^T` (only if its B trains).
+    backward pass: x (only if some A trains) and each `h = D(x) A^T` (only if its B trains), or
+    neither where x can be made again, see `remade`.
     Differentiable once; see `double_differentiable`.
     """
     if not branches:
@@ -179,21 +180,21 @@ class _LoraLinear(torch.autograd.Function):
         dtype = compute_dtype(x, weight)
         y = F.linear(x, weight, bias).contiguous()
         x_rows, y_rows = _as_rows(x, dtype), y.view(-1, y.shape[-1])
+        needs_x = ctx.needs_input_grad[1] or any(ctx.needs_input_grad[5::2])
+        ctx.remake_x = remade.recipe(x) if needs_x else None
         saved_h: list[Tensor | None] = []
         for i, (branch, seed) in enumerate(zip(branches, seeds, strict=True)):
-            A, B = factors[2 * i].to(dtype), factors[2 * i + 1].to(dtype)
-            if branch.dropout:
-                h = dropout.dropped_product(x_rows, A, branch.dropout, seed)
-            else:
-                h = x_rows @ A.t()
+            B = factors[2 * i + 1].to(dtype)
+            h = _down(x_rows, factors[2 * i].to(dtype), branch, seed)
             for h_part, out, b_rows in blocks(branch.rows, branch.B.shape[1], weight.shape[0]):
                 y_rows[:, out].addmm_(h[:, h_part], B[b_rows].t(), alpha=branch.scale)
-            saved_h.append(h if ctx.needs_input_grad[5 + 2 * i + 1] else None)
-        needs_x = ctx.needs_input_grad[1] or any(ctx.needs_input_grad[5::2])
+            keeps_h = ctx.needs_input_grad[5 + 2 * i + 1] and ctx.remake_x is None
+            saved_h.append(h if keeps_h else None)
         ctx.branches, ctx.seeds, ctx.dtype = branches, seeds, dtype
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(x if needs_x else None, weight, *factors, *saved_h)
+        keeps_x = needs_x and ctx.remake_x is None
+        ctx.save_for_backward(x if keeps_x else None, weight, *factors, *saved_h)
         # torch makes y of three and more axes as a view, and autograd refuses to change a view that
         # a custom function returns in place, as `nn.ReLU(inplace=True)` behind the layer would.
         return torch.ops.aten._unsafe_view(y, y.shape)
@@ -208,6 +209,8 @@ class _LoraLinear(torch.autograd.Function):
 
 def _lora_linear_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, *rest = ctx.saved_tensors
+    if ctx.remake_x is not None:
+        x = ctx.remake_x()
     needs_x, needs_weight, needs_bias, _, _, *needs_factor = ctx.needs_input_grad
     factors, saved_h = rest[: len(needs_factor)], rest[len(needs_factor) :]
     g_rows = _as_rows(g, ctx.dtype)
@@ -217,16 +220,27 @@ def _lora_linear_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     for i, (branch, seed) in enumerate(zip(ctx.branches, ctx.seeds, strict=True)):
         A, B = factors[2 * i], factors[2 * i + 1]
         needs_A, needs_B = needs_factor[2 * i : 2 * i + 2]
-        dA = None
+        dA = dB = None
         if needs_A or dx is not None:
             dh = _down_gradient(g_rows, B.to(ctx.dtype), branch)
             dA = _input_side(dh, x_rows if needs_A else None, A.to(ctx.dtype), dx, branch, seed)
-        dB = _up_gradient(g_rows, saved_h[i], branch) if needs_B else None
+        if needs_B:
+            h: Tensor = saved_h[i]
+            if h is None and x_rows is not None:  # made again, as x
+                h = _down(x_rows, A.to(ctx.dtype), branch, seed)
+            dB = _up_gradient(g_rows, h, branch)
         grads += [_like(dA, A), _like(dB, B)]
     dW = g_rows.t() @ x_rows if needs_weight and x_rows is not None else None
     db = g_rows.sum(0).to(ctx.bias_dtype) if needs_bias else None
     dx = None if dx is None else dx.view(ctx.x_shape).to(ctx.x_dtype)
     return (dx, _like(dW, weight), db, None, None, *grads)
+
+
+def _down(x: Tensor, A: Tensor, branch: Branch, seed: int) -> Tensor:
+    """`h = D(x) A^T`: (N, di) -> (N, k r)."""
+    if branch.dropout:
+        return dropout.dropped_product(x, A, branch.dropout, seed)
+    return x @ A.t()
 
 
 def _down_gradient(g: Tensor, B: Tensor, branch: Branch) -> Tensor:

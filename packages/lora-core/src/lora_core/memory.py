@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lora_core.remade import only_looks
 from lora_core.report import table
 
 T = TypeVar("T")
@@ -54,7 +55,11 @@ def saved_bytes(run: Callable[[], T], ignore: Iterable[Tensor] = ()) -> tuple[in
             kept[storage._cdata] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    @only_looks
+    def unpack(tensor: Tensor) -> Tensor:
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         result = run()
     return sum(storage.nbytes() for storage in kept.values()), result
 
@@ -91,6 +96,7 @@ def simulate(
         if any(tensor.is_meta for tensor in network.state_dict().values()):
             network.to_empty(device="cpu")
         known = [*network.parameters(), *network.buffers()]
+        ledger.known |= {tensor.untyped_storage()._cdata for tensor in known}  # views of them, too
         with ledger, _NoValues(), torch.autocast("cpu", dtype, enabled=dtype is not None):
             saved, (value, _) = saved_bytes(lambda: loss(network, batch), known)
         with ledger:

@@ -56,6 +56,7 @@ def each(
     name: Callable[[int], str] = "input {}".format,
     limits: Limits | None = None,
     workers: int | None = None,
+    worth: int = 8,
 ) -> Generator[tuple[int, Outcome], None, None]:
     """Yield (index, outcome) of `function(index)` for each index below `count`, as they come.
 
@@ -67,6 +68,7 @@ def each(
         name: of an input, for problems that the function cannot report itself.
         limits: for each input; default: `LIMITS`.
         workers: processes at most; default: one per CPU that this process may use.
+        worth: inputs that are worth one more worker; 1 where each takes seconds.
 
     Raises:
         RuntimeError: the function raised something else, which is a fault of the program.
@@ -76,7 +78,7 @@ def each(
     if not CAN_FORK:
         yield from ((index, _attempt(function, index, name, limits)) for index in range(count))
         return
-    most = min(workers or len(os.sched_getaffinity(0)), MOST_WORKERS, -(-count // 8))
+    most = min(workers or len(os.sched_getaffinity(0)), MOST_WORKERS, -(-count // worth))
     crew = _Crew(function, name, limits, most)
     crew.todo.extend(range(count))
     try:

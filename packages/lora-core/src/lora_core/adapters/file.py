@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from lora_core.module_names import Rename, file_paths, in_time, unwrapped
 from lora_core.settings import plain as without_secrets
 from lora_core.tensor_file import atomic_write, plain, safetensors_bytes
 
-__all__ = ["AdapterFile", "load_adapter", "read_adapter", "save_adapter"]
+__all__ = ["AdapterFile", "load_adapter", "read_adapter", "save_adapter", "write_adapter"]
 
 SINGLE_FILES = frozenset({".pth", ".pt", ".torch"})
 OTHER_FILES = frozenset({".safetensors", ".bin", ".ckpt"})  # names of files, yet none we write
@@ -57,6 +57,9 @@ def save_adapter(
     name: str = "default",
     metadata: Mapping[str, Any] | None = None,
     rename: Rename | None = None,
+    *,
+    task_type: str | None = None,
+    remarks: Sequence[str] = (),
 ) -> Path:
     """Write one adapter; a crash at any moment leaves the old file or the new one.
 
@@ -67,17 +70,15 @@ def save_adapter(
         path: ending in .pth, .pt or .torch: a single file; else a directory as PEFT has it.
         metadata: facts to keep with it, plain values that JSON can hold.
         rename: module path -> its path in the file. The suffixes (`lora_A.weight`) stay.
+        task_type: tells PEFT which wrapper to take, such as CAUSAL_LM for one that generates.
+        remarks: for the model card of a directory.
 
     Raises:
         ConfigError: no such adapter, another kind of file, or metadata that is not plain.
         CheckpointError: the file cannot be written.
     """
     model, path = unwrapped(model), Path(path)
-    if path.suffix in OTHER_FILES:
-        raise ConfigError(
-            f"cannot save an adapter as {path.name}: name a folder, or a file ending in "
-            f"{', '.join(sorted(SINGLE_FILES))}"
-        )
+    _refuse_ending(path)
     known(model, name)
     layers = {live: la for live, la in lora_layers(model).items() if name in la.lora_adapters}
     paths = file_paths(model, rename)
@@ -94,22 +95,47 @@ def save_adapter(
         "base": adapter_origin.base_print(model, specs, paths),
         "made": adapter_origin.versions(),
     }
-    config = adapter_layout.adapter_config(model, name, layers, paths)
-    record = _record(config, extra, metadata or {})
-    record["extra"]["sha256"] = digest(record, tensors)
+    config = adapter_layout.adapter_config(model, name, layers, paths) | {"task_type": task_type}
+    file = AdapterFile(path, config, tensors, dict(metadata or {}), extra)
 
     def write() -> None:
-        if path.suffix in SINGLE_FILES:
-            _write_single(path, tensors, record)
-        else:
-            notes = adapter_layout.notes(model, name, layers)
-            _write_folder(path, tensors, record, adapter_origin.card(record, tensors, notes))
+        write_adapter(file, path, [*adapter_layout.notes(model, name, layers), *remarks])
 
     if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
         _on_rank_zero(write)
     else:
         write()
     return path
+
+
+def write_adapter(file: AdapterFile, path: str | Path, notes: Sequence[str] = ()) -> Path:
+    """Write an adapter without a model: what `read_adapter` read, into a file of another form.
+
+    Args:
+        file: with `layers` and `made` in its `extra`, as files of ours have them.
+        path: as for `save_adapter`.
+        notes: for the model card of a directory.
+
+    Raises:
+        ConfigError: another kind of file, or metadata that is not plain.
+        CheckpointError: the file cannot be written.
+    """
+    path = Path(path)
+    _refuse_ending(path)
+    record = record_of(file)
+    if path.suffix in SINGLE_FILES:
+        _write_single(path, file.tensors, record)
+    else:
+        _write_folder(path, file.tensors, record, adapter_origin.card(record, file.tensors, notes))
+    return path
+
+
+def _refuse_ending(path: Path) -> None:
+    if path.suffix in OTHER_FILES:
+        raise ConfigError(
+            f"cannot save an adapter as {path.name}: name a folder, or a file ending in "
+            f"{', '.join(sorted(SINGLE_FILES))}"
+        )
 
 
 @contextmanager
@@ -146,11 +172,24 @@ def _on_rank_zero(write: Callable[[], None]) -> None:
         raise CheckpointError(failure[0])
 
 
-def _record(
-    config: dict[str, Any], extra: dict[str, Any], metadata: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Everything but the tensors, as JSON would give it back."""
-    record = {"format": FORMAT, "config": config, "extra": extra, "metadata": dict(metadata)}
+def record_of(file: AdapterFile) -> dict[str, Any]:
+    """Everything of an adapter but the tensors, as JSON would give it back, with its digest.
+
+    Raises:
+        ConfigError: metadata that is not plain.
+    """
+    record = _plain(file)
+    record["extra"]["sha256"] = digest(record, file.tensors)
+    return record
+
+
+def _plain(file: AdapterFile) -> dict[str, Any]:
+    record = {
+        "format": FORMAT,
+        "config": file.config,
+        "extra": file.extra,
+        "metadata": file.metadata,
+    }
     try:
         record = json.loads(json.dumps(record, sort_keys=True))
     except (TypeError, ValueError) as error:

@@ -71,10 +71,11 @@ def _resolve(git: Path, reference: str) -> str | None:
 def base_print(
     model: nn.Module, specs: Mapping[str, AdapterSpec], paths: Mapping[str, str]
 ) -> str | None:
-    """A short digest of the base's weights under an adapter, the same in every precision.
+    """A short digest of the base's weights under an adapter, the same in fp64, fp32 and bf16.
 
     It is made of some values of each adapted weight, rounded to bf16, so that it costs next to
-    nothing. None where they cannot be seen: on the meta device, merged without a copy.
+    nothing. None where they cannot be seen: on the meta device, merged without a copy; and in fp16,
+    from where one value in sixteen is rounded to another bf16 than from fp32.
 
     Args:
         specs: live path -> the adapter there. paths: live path -> path in the file.
@@ -83,7 +84,7 @@ def base_print(
     for live in sorted(specs, key=lambda live: file_prefix(model, live, paths)):
         for name in specs[live].weight_names:
             weight = _unmerged(model.get_submodule(live), name)
-            if weight is None or weight.is_meta:
+            if weight is None or weight.is_meta or weight.dtype == torch.float16:
                 return None
             weight = weight.detach()
             if hasattr(weight, "full_tensor"):  # a shard: every rank has to call this

@@ -55,6 +55,9 @@ DAMAGED = (
 )  # fmt: skip
 
 
+Picture = Image.Image | NDArray[np.uint8]
+
+
 class TooLarge(Exception):
     """More pixels than are decoded."""
 
@@ -121,7 +124,52 @@ def read_image(path: Path) -> NDArray[np.uint8]:
         DataError: no such file, not a picture, damaged, or too large.
     """
     with open_picture(path) as picture:
-        return np.array(_to_rgb(ImageOps.exif_transpose(picture), path))
+        return rgb_of(picture, one_line(path))
+
+
+def rgb_of(picture: Picture, name: str = "image") -> NDArray[np.uint8]:
+    """A picture in memory as upright RGB, uint8 [H, W, 3], by the module's rules.
+
+    Args:
+        picture: a PIL picture of any mode, or uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
+        name: for messages.
+
+    Raises:
+        DataError: other values or shapes.
+    """
+    picture = _of_array(picture, name) if not isinstance(picture, Image.Image) else picture
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I") or picture.mode == "F":
+        picture = Image.fromarray(_to_8_bit(np.asarray(picture), name))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return np.array(picture.convert("RGB"))
+
+
+def _of_array(values: NDArray, name: str) -> Image.Image:
+    array = np.asarray(values)
+    if array.dtype != np.uint8 or array.ndim not in (2, 3):
+        raise DataError(
+            f"{name}: an array of {array.dtype} {list(array.shape)}, expected uint8 [H, W, 3]"
+        )
+    if array.ndim == 3 and array.shape[2] not in (1, 3, 4):
+        raise DataError(
+            f"{name}: uint8 {list(array.shape)}, expected [H, W, 3]: channels come last"
+        )
+    return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
+
+
+def _to_8_bit(values: NDArray, name: str) -> NDArray[np.uint8]:
+    """16-bit integers, or floats of 0..1, to 0..255, rounded."""
+    limit = 1.0 if values.dtype.kind == "f" else 65535.0
+    if not ((values >= 0) & (values <= limit)).all():  # false for NaN too
+        raise DataError(
+            f"{name}: values from {values.min():g} to {values.max():g}, expected 0 to {limit:g}; "
+            "convert the picture to 8 bits"
+        )
+    return np.round(values * (255.0 / limit)).astype(np.uint8)
 
 
 def read_mask(path: Path) -> NDArray[np.integer]:
@@ -312,25 +360,3 @@ def _what_is(path: Path) -> str:
         if begin.match(head):
             return f"a {kind} file whose header is damaged"
     return "not a picture in a format that is read (JPEG, PNG, WebP, BMP, TIFF, GIF)"
-
-
-def _to_rgb(picture: Image.Image, path: Path) -> Image.Image:
-    """Any mode to RGB by the module's rules."""
-    if picture.mode.startswith("I") or picture.mode == "F":
-        return Image.fromarray(_to_8_bit(np.asarray(picture), path)).convert("RGB")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture).convert("RGB")
-    return picture.convert("RGB")
-
-
-def _to_8_bit(values: NDArray, path: Path) -> NDArray[np.uint8]:
-    """16-bit integers or floats of 0..1 to 0..255, rounded."""
-    limit = 1.0 if values.dtype.kind == "f" else 65535.0
-    if not ((values >= 0) & (values <= limit)).all():  # false for NaN too
-        raise DataError(
-            f"{one_line(path)}: values from {values.min():g} to {values.max():g}, expected 0 to "
-            f"{limit:g}; convert the picture to 8 bits"
-        )
-    return np.round(values * (255.0 / limit)).astype(np.uint8)
