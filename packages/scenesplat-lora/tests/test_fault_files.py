@@ -19,11 +19,12 @@ import tiny_scenes
 from made_scenes import made_scene
 
 from lora_core.errors import DataError
+from lora_core.npy_file import read_array
 from lora_core.testing import corrupt, limited
 from lora_core.testing.no_device import no_device
 from lora_core.training import loading
 from scenesplat_lora import prepare, survey
-from scenesplat_lora.scenes.files import list_scenes, read_array, read_scene, write_scene
+from scenesplat_lora.scenes.files import list_scenes, read_scene, write_scene
 
 ROWS = faulty.ROWS
 

@@ -11,9 +11,10 @@ import pytest
 from made_scenes import made_scene
 
 from lora_core.errors import DataError
+from lora_core.npy_file import read_array
 from scenesplat_lora.language.text_embeddings import read_text_embeddings
 from scenesplat_lora.scenes.facts import scene_facts
-from scenesplat_lora.scenes.files import list_scenes, read_array, read_scene, write_scene
+from scenesplat_lora.scenes.files import list_scenes, read_scene, write_scene
 from scenesplat_lora.scenes.values import LAYOUTS, Layout
 from scenesplat_lora.transforms import compose, training_transforms
 
@@ -116,7 +117,7 @@ WRONG = {
     "mask": ({"valid_feat_mask": np.arange(40)}, "valid_feat_mask: int64"),
     "empty": ({n: np.zeros((0, 3)) for n in made_scene(1)}, "holds no points"),
     "features": ({"lang_feat": np.ones(40)}, r"lang_feat: float64 \[40\]"),
-    "objects": ({"coord": np.array([{}] * 40)}, r"coord.npy: holds object, expected numbers"),
+    "objects": ({"coord": np.array([{}] * 40)}, r"coord.npy: holds Python objects"),
 }
 
 

@@ -129,7 +129,13 @@ def test_it_stops_cleanly_and_the_port_is_free_again() -> None:
     check_address("127.0.0.1", port)
 
 
+@pytest.mark.fault("H31")
+def test_only_this_machine_is_listened_to_unless_asked() -> None:
+    assert view.Options(checkpoint="base.pth", scene="room0").host == "127.0.0.1"
+
+
 @needs_viser
+@pytest.mark.fault("H31")
 def test_nobody_gets_a_public_address(viewer: Viewer) -> None:
     client = Client(viewer.url)
     client.send({"type": "ShareUrlRequest"})

@@ -7,16 +7,15 @@ test photographs play no part in training or in choosing the best step.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_core.config import option, parse
-from lora_core.demo_folder import check_options, empty_folder, run_verb
-from lora_core.preflight import writable
-from lora_core.report import duration, say, table
+from lora_core import demo_folder
+from lora_core.config import option
+from lora_core.demo_folder import run_verb
+from lora_core.report import say, table
 
 if TYPE_CHECKING:
     from sam2_lora.artifacts import Run
@@ -27,20 +26,14 @@ COLUMNS = ("IoU point", "Dice point", "IoU box", "Dice box")
 
 
 @dataclass
-class Options:
+class Options(demo_folder.Demo):
     """Settings of `sam2-lora demo`."""
 
-    output: str = option("demo_run", "Folder for the data, the runs and the pictures.", "output")
-    overwrite: bool = option(False, "Replace the results of an earlier demo.", "output")
     steps: int = option(200, "Optimizer updates.", "training")
-    learning_rate: float = option(1e-3, "Peak learning rate.", "training")
     batch_size: int = option(4, "Photographs per update.", "training")
     seeds: int = option(
         1, "Train so often, each time with another seed, and show the mean.", "training"
     )
-
-    def __post_init__(self) -> None:
-        check_options(self, {"steps": 1, "batch_size": 1, "seeds": 1})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,20 +42,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         UserError: the output exists, or the demo extra is not installed.
     """
-    options = parse(
-        Options, argv or [], prog="sam2-lora demo", description="Base, LoRA, merged: all the way."
-    )
-    began = time.monotonic()
-    writable(options.output, "--output")
-    folder = empty_folder(Path(options.output), "sam2-lora", options.overwrite)
+    return demo_folder.main("sam2-lora", Options, run, argv)
+
+
+def run(options: Options, folder: Path) -> None:
+    """All stages, in an empty folder."""
     from sam2_lora import demo
 
     demo.write(folder / "data")
     say(f"{folder / 'data'}: photographs with masks, generated steel strips, a tiny SAM 2")
     runs = [train(options, folder, seed) for seed in range(options.seeds)]
     report(folder, runs)
-    say(f"\ndone in {duration(time.monotonic() - began)}")
-    return 0
 
 
 def base_of(folder: Path) -> Path:

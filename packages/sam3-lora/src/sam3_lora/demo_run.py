@@ -6,16 +6,15 @@ choosing the best epoch; the merged model is scored from its file.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_core.config import option, parse
-from lora_core.demo_folder import check_options, empty_folder, run_verb
-from lora_core.preflight import writable
-from lora_core.report import duration, say, table
+from lora_core import demo_folder
+from lora_core.config import option
+from lora_core.demo_folder import run_verb
+from lora_core.report import say, table
 
 if TYPE_CHECKING:
     from sam3_lora.evaluate import Result
@@ -28,18 +27,12 @@ COLUMNS = {
 
 
 @dataclass
-class Options:
+class Options(demo_folder.Demo):
     """Settings of `sam3-lora demo`."""
 
-    output: str = option("demo_run", "Folder for the data, the run and the pictures.", "output")
-    overwrite: bool = option(False, "Replace the results of an earlier demo.", "output")
     epochs: int = option(8, "Passes over the training pictures.", "training")
-    learning_rate: float = option(1e-3, "Peak learning rate.", "training")
     batch_size: int = option(8, "Pictures per update.", "training")
     seed: int = option(0, "Fixes adapters, data order and negatives.", "training")
-
-    def __post_init__(self) -> None:
-        check_options(self, {"epochs": 1, "batch_size": 1, "seed": 0})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,12 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         UserError: the output exists.
     """
-    options = parse(
-        Options, argv or [], prog="sam3-lora demo", description="Base, LoRA, merged: all the way."
-    )
-    began = time.monotonic()
-    writable(options.output, "--output")
-    folder = empty_folder(Path(options.output), "sam3-lora", options.overwrite)
+    return demo_folder.main("sam3-lora", Options, run, argv)
+
+
+def run(options: Options, folder: Path) -> None:
+    """All stages, in an empty folder."""
     from sam3_lora import demo, merge
     from sam3_lora.train import train
 
@@ -67,8 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     say(f"\nadapter:          {adapter}")
     say(f"adapter for PEFT: {folder / 'checkpoints' / 'adapter'}")
     say(f"merged model:     {merged}")
-    say(f"\ndone in {duration(time.monotonic() - began)}")
-    return 0
 
 
 def base_of(folder: Path) -> Path:

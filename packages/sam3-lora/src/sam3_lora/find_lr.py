@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from lora_core.config import parse
-from lora_core.errors import run as guarded
-from lora_core.ramp import Ramp, ramp_problems
+from lora_core.ramp import Ramp
 from lora_core.report import say
 from sam3_lora.config import Config
 
@@ -17,32 +16,23 @@ from sam3_lora.config import Config
 class Options(Ramp, Config):
     """Settings of `sam3-lora find-lr`: those of a training, and the ramp's."""
 
-    def problems(self) -> Iterator[str]:
-        """Yield what cannot work, each as one line."""
-        yield from super().problems()
-        yield from ramp_problems(self, "sam3-lora train")
+    train_command = "sam3-lora train"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `sam3-lora find-lr` with these words; returns the exit code."""
-    return guarded(suggest, argv)
-
-
-def suggest(argv: Sequence[str]) -> int:
-    """Raise the learning rate over a short training, and say which one is good.
+    """Run `sam3-lora find-lr` with these words; returns the exit code.
 
     Raises:
         UserError: settings, data or checkpoints that cannot be used, or no rate that works.
     """
     cfg = parse(
         Options,
-        argv,
+        argv or [],
         prog="sam3-lora find-lr",
         description="Raise the learning rate over a short training, and suggest one.",
     )
     from lora_core import find_lr, preflight
     from lora_core.training.arguments import choose_device
-    from lora_core.training.out_of_memory import explained
     from sam3_lora import data, memory, model, objective, train
 
     # Not after a hundred updates.
@@ -54,24 +44,22 @@ def suggest(argv: Sequence[str]) -> int:
     network = objective.adapted(model.build(cfg), cfg).to(device)
     words = objective.vocabulary(network, splits, cfg)
     phrases = objective.encoded(network, words, splits)
-    with explained(network, lambda: "the ramp", memory.advice(cfg)):
-        curve = find_lr.ramp(
-            network,
-            objective.loss_of(cfg, phrases),
-            splits.train,
-            partial(data.collate, tokenizer=words),
+    find_lr.suggest(
+        network,
+        objective.loss_of(cfg, phrases),
+        splits.train,
+        partial(data.collate, tokenizer=words),
+        find_lr.Updates(
             batch_size=cfg.training.batch_size,
             accumulation=cfg.training.gradient_accumulation_steps,
-            steps=cfg.ramp_steps,
-            low=cfg.ramp_from,
-            high=cfg.ramp_to,
             weight_decay=cfg.training.weight_decay,
             max_grad_norm=cfg.training.max_grad_norm,
             seed=cfg.seed,
             precision=precision,
             num_workers=cfg.dataset.num_workers,
-        )
-    numbers, picture = find_lr.write(curve, cfg.ramp_dir)
-    say(f"\n{picture}\n{numbers}")
-    say(f"suggestion: --training.learning_rate {find_lr.rounded(curve.suggestion):.0e}")
+        ),
+        cfg,
+        flag="--training.learning_rate",
+        advice=memory.advice(cfg),
+    )
     return 0

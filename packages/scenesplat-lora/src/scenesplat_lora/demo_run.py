@@ -6,17 +6,15 @@ choosing the best epoch; the merged model is scored from its file.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_core.config import option, parse
-from lora_core.demo_folder import check_options, empty_folder, run_verb
-from lora_core.preflight import writable
-from lora_core.report import duration, say, table
+from lora_core import demo_folder
+from lora_core.config import option
+from lora_core.demo_folder import one_thread, run_verb
+from lora_core.report import say, table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,18 +32,13 @@ COLUMNS = ("mIoU", "mAcc", "fg_mIoU", "fg_mAcc")
 
 
 @dataclass
-class Options:
+class Options(demo_folder.Demo):
     """Settings of `scenesplat-lora demo`."""
 
-    output: str = option("demo_run", "Folder for the data, the run and the pictures.", "output")
-    overwrite: bool = option(False, "Replace the results of an earlier demo.", "output")
     epochs: int = option(10, "Passes over the training rooms.", "training")
     learning_rate: float = option(1e-2, "Peak learning rate.", "training")
     batch_size: int = option(1, "Rooms per update.", "training")
     seed: int = option(0, "Fixes adapters, order and augmentation of rooms.", "training")
-
-    def __post_init__(self) -> None:
-        check_options(self, {"epochs": 1, "batch_size": 1, "seed": 0})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,34 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         UserError: the output exists.
     """
-    options = parse(
-        Options, argv or [], prog=f"{PROGRAM} demo", description="Base, LoRA, merged: all the way."
-    )
-    began = time.monotonic()
-    writable(options.output, "--output")
-    folder = empty_folder(Path(options.output), PROGRAM, options.overwrite)
-    with one_thread():
-        run(options, folder)
-    say(f"\ndone in {duration(time.monotonic() - began)}")
-    return 0
+    return demo_folder.main(PROGRAM, Options, run, argv)
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute with one thread: the tiny network's would only wait for each other.
-
-    Two took twice the CPU time, and many times as long beside other programs.
-    """
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
+@one_thread()
 def run(options: Options, folder: Path) -> None:
     """All stages, in an empty folder."""
     from scenesplat_lora import demo, merge

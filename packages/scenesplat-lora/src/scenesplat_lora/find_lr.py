@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from lora_core.config import parse
-from lora_core.errors import run as guarded
-from lora_core.ramp import Ramp, ramp_problems
+from lora_core.ramp import Ramp
 from lora_core.report import say
 from scenesplat_lora.config import Config
 from scenesplat_lora.settings.words import for_parser
@@ -18,15 +17,7 @@ from scenesplat_lora.settings.words import for_parser
 class Options(Ramp, Config):
     """Settings of `scenesplat-lora find-lr`: those of a training, and the ramp's."""
 
-    def problems(self) -> Iterator[str]:
-        """Yield what cannot work, each as one line."""
-        yield from super().problems()
-        yield from ramp_problems(self, "scenesplat-lora train")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run `scenesplat-lora find-lr` with these words; returns the exit code."""
-    return guarded(suggest, argv)
+    train_command = "scenesplat-lora train"
 
 
 def settings(argv: Sequence[str]) -> Options:
@@ -41,16 +32,15 @@ def settings(argv: Sequence[str]) -> Options:
     return found
 
 
-def suggest(argv: Sequence[str]) -> int:
-    """Raise the learning rate over a short training, and say which one is good.
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `scenesplat-lora find-lr` with these words; returns the exit code.
 
     Raises:
         UserError: settings, data or checkpoints that cannot be used, or no rate that works.
     """
-    cfg = settings(argv)
+    cfg = settings(argv or [])
     from lora_core import find_lr, preflight
     from lora_core.training.arguments import choose_device, choose_precision
-    from lora_core.training.out_of_memory import explained
     from scenesplat_lora import data, memory, model, objective, train, validation
 
     # Not after a hundred updates.
@@ -61,24 +51,22 @@ def suggest(argv: Sequence[str]) -> int:
     say(f"{splits}\n")
     precision = choose_precision(objective.precision(cfg), device)  # wakes a GPU: after the data
     net = model.adapted(model.build(cfg), cfg).to(device)
-    with explained(net, lambda: "the ramp", memory.advice(cfg)):
-        curve = find_lr.ramp(
-            net,
-            objective.loss_of(cfg, needs),
-            splits.train,
-            partial(data.collate, mix_prob=cfg.mix_prob),
+    find_lr.suggest(
+        net,
+        objective.loss_of(cfg, needs),
+        splits.train,
+        partial(data.collate, mix_prob=cfg.mix_prob),
+        find_lr.Updates(
             batch_size=cfg.batch_size,
             accumulation=cfg.gradient_accumulation_steps,
-            steps=cfg.ramp_steps,
-            low=cfg.ramp_from,
-            high=cfg.ramp_to,
             weight_decay=cfg.optimizer.weight_decay,
             max_grad_norm=cfg.clip_grad or float("inf"),
             seed=cfg.seed,
             precision=precision,
             num_workers=cfg.num_worker,
-        )
-    numbers, picture = find_lr.write(curve, cfg.ramp_dir)
-    say(f"\n{picture}\n{numbers}")
-    say(f"suggestion: --optimizer.lr {find_lr.rounded(curve.suggestion):.0e}")
+        ),
+        cfg,
+        flag="--optimizer.lr",
+        advice=memory.advice(cfg),
+    )
     return 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,6 +65,31 @@ def label_scene(
         NumericError: the model gives NaN or infinity, in float32 too.
     """
     how = how or Labelling()
+
+    def likeness(out: Tensor) -> Tensor:
+        return out.float().softmax(dim=1) if text is None else probabilities(out, text)
+
+    total, cell_of = summed(model, scene, how, likeness)
+    classes = range(total.total.shape[1]) if text is None else text.classes
+    threshold = how.threshold if text is not None else 0.0
+    result: NDArray[np.int64] = total.label(classes, threshold).cpu().numpy()[cell_of]
+    return result
+
+
+def summed(
+    model: nn.Module, scene: Scene, how: Labelling, value: Callable[[Tensor], Tensor]
+) -> tuple[FragmentSum, NDArray[np.int64]]:
+    """Run the network over a scene, and sum what it gives for each cell over the fragments.
+
+    Args:
+        value: the network's output [V, D] -> what is summed, [V, C].
+
+    Returns:
+        The sums of all cells, and the cell of every Gaussian, [N].
+
+    Raises:
+        DataError, NumericError: as `label_scene`.
+    """
     name = str(scene.get("name", ""))
     rng = np.random.default_rng([how.seed, zlib.crc32(name.encode("utf-8", "surrogateescape"))])
     device = next(model.parameters()).device
@@ -74,17 +100,12 @@ def label_scene(
     with evaluating(model), autocast(device, how.precision):
         for fragment in evaluation_fragments(thinned, rng, how.grid_size, feat_keys=columns):
             batch = PointBatch.from_mapping(fragment).to(device)
-            out = _finite(model, batch, name)
-            prob = out.float().softmax(dim=1) if text is None else probabilities(out, text)
-            total = total or FragmentSum(len(thinned["coord"]), prob.shape[1], device)
-            total.add(fragment["index"].to(device), prob)
+            found = value(_finite(model, batch, name))
+            total = total or FragmentSum(len(thinned["coord"]), found.shape[1], device)
+            total.add(fragment["index"].to(device), found)
     assert total is not None  # every scene has a fragment
-    classes = range(total.total.shape[1]) if text is None else text.classes
-    threshold = how.threshold if text is not None else 0.0
-    labels = total.label(classes, threshold).cpu().numpy()
-    inverse: NDArray[np.int64] = thinned["inverse"]
-    result: NDArray[np.int64] = labels[inverse]
-    return result
+    cell_of: NDArray[np.int64] = thinned["inverse"]
+    return total, cell_of
 
 
 def _finite(model: nn.Module, batch: PointBatch, name: str) -> Tensor:

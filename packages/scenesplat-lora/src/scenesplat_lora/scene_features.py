@@ -9,7 +9,6 @@ so that a text that comes later costs one product instead of another run of the 
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,14 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_core.errors import DataError, NumericError, one_line
-from lora_core.training.inference import autocast, evaluating
-from scenesplat_lora.labelling import Labelling
-from scenesplat_lora.language.zero_shot import FragmentSum
-from scenesplat_lora.network.point_batch import PointBatch
+from lora_core.errors import DataError
+from scenesplat_lora.labelling import Labelling, summed
 from scenesplat_lora.scenes.scene import Scene
-from scenesplat_lora.transforms import compose, evaluation_fragments, evaluation_transforms
-from scenesplat_lora.transforms.tensors import GAUSSIAN_FEATURES
 
 ROWS_AT_ONCE = 65_536  # bounds the memory of [rows, D] in float32
 
@@ -75,26 +69,11 @@ def scene_features(model: nn.Module, scene: Scene, how: Labelling | None = None)
         how: its threshold does not count.
 
     Raises:
-        DataError: a scene too large for its voxels. NumericError: NaN or infinity.
+        DataError: a scene too large for its voxels.
+        NumericError: NaN or infinity, in float32 too.
     """
-    how = how or Labelling()
-    name = str(scene.get("name", ""))
-    rng = np.random.default_rng([how.seed, zlib.crc32(name.encode("utf-8", "surrogateescape"))])
-    device = next(model.parameters()).device
-    columns = (*GAUSSIAN_FEATURES, "normal") if how.normals else GAUSSIAN_FEATURES
-    gaussians: Scene = {"name": name} | {key: scene[key] for key in ("coord", *columns)}
-    thinned = compose(evaluation_transforms(how.first_grid, copied=()))(gaussians, rng)
-    total: FragmentSum | None = None
-    with evaluating(model), autocast(device, how.precision):
-        for fragment in evaluation_fragments(thinned, rng, how.grid_size, feat_keys=columns):
-            batch = PointBatch.from_mapping(fragment).to(device)
-            feat = F.normalize(model(batch).float(), dim=1)
-            total = total or FragmentSum(len(thinned["coord"]), feat.shape[1], device)
-            total.add(fragment["index"].to(device), feat)
-    if total is None or not total.total.isfinite().all():
-        raise NumericError(
-            f"{one_line(name)}: the model gives NaN or infinity: is it finite? if --precision is "
-            "not fp32, leave that out"
-        )
+    total, cell_of = summed(
+        model, scene, how or Labelling(), lambda out: F.normalize(out.float(), dim=1)
+    )
     mean = total.total.div_(total.count.clamp_min(1).unsqueeze(1))
-    return SceneFeatures(mean.half(), thinned["inverse"])
+    return SceneFeatures(mean.half(), cell_of)

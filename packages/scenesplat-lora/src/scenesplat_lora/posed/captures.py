@@ -20,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_core.errors import DataError, listing, one_line
+from lora_core.npy_file import read_array
 from lora_core.pictures.files import read_mask, read_size
 from lora_core.pictures.reading import Reading
 from lora_core.validate import validate
 from scenesplat_lora.posed.cameras import camera_file, read_views
 from scenesplat_lora.posed.pinhole import View
-from scenesplat_lora.scenes.files import read_array
 
 MOST_MASKS = 65_535  # of an image
 Source = Literal["given", "model", "text"]  # where the feature of a mask comes from

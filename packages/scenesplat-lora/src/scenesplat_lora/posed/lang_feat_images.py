@@ -14,13 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_core.errors import DataError, one_line
+from lora_core.npy_file import read_array
 from scenesplat_lora.posed.back_projection import Labelled, Sight, collect_votes, unit_rows
 from scenesplat_lora.posed.cameras import camera_file
 from scenesplat_lora.posed.captures import Capture, Shot, read_captures
 from scenesplat_lora.posed.lang_feat_files import OUTPUTS, write_features
 from scenesplat_lora.prepare_chunk import as_written
 from scenesplat_lora.prepare_ply import TURNS
-from scenesplat_lora.scenes.files import list_scenes, read_array, read_scene
+from scenesplat_lora.scenes.files import list_scenes, read_scene
 from scenesplat_lora.scenes.records import Job, Ledger, run_all
 from scenesplat_lora.scenes.values import LAYOUTS
 from scenesplat_lora.transforms.geometry import rotation_matrix

@@ -10,22 +10,19 @@ w < 0, colours in 0..1, coordinates of maps) is said in `notes`, each as "what: 
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 
-from lora_core.data_file import open_regular
 from lora_core.errors import DataError, listing, near, one_line
+from lora_core.npy_file import read_array
 from scenesplat_lora.scenes.scene import GAUSSIAN, Scene
 from scenesplat_lora.scenes.values import LAYOUTS, MEANING, Array, Layout, recentred
 
-MAX_HEADER = 10_000  # bytes, as numpy has it; 128 are usual
 WANTED = ("normal", "lang_feat", "segment", "pc")  # what a reader may insist on
 
 
@@ -75,57 +72,6 @@ def _folders(root: Path) -> list[Path]:
 
 
 # -- reading ---------------------------------------------------------------------------------------
-
-
-def read_array(path: str | Path, mapped: bool = False) -> Array:
-    """The array of a .npy file; `mapped`: rows are read from disk when they are used.
-
-    Raises:
-        DataError: missing, not .npy, Python objects instead of numbers, or a header that promises
-            more or less than the file holds. No memory is taken for what is not there.
-    """
-    path = Path(path)
-    with open_regular(path) as file:
-        shape, fortran, dtype = _header(file, one_line(path))
-        begin, count = file.tell(), math.prod(shape)
-        held = os.fstat(file.fileno()).st_size - begin
-        if held != count * dtype.itemsize:
-            raise DataError(
-                f"{one_line(path)}: its header promises {dtype} {list(shape)}, "
-                f"{count * dtype.itemsize} bytes, but {held} follow: copied incompletely?"
-            )
-        if not count:
-            return np.empty([min(length, 4096) for length in shape], dtype)
-        order: Any = "F" if fortran else "C"
-        if mapped:
-            return np.memmap(file, dtype, mode="r", offset=begin, shape=shape, order=order)
-        return np.fromfile(file, dtype, count).reshape(shape, order=order)
-
-
-def _header(file: BinaryIO, name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, order and type of a .npy file; leaves it at the first byte of the data."""
-    begin = file.read(32)
-    file.seek(0)
-    readers = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-    try:
-        version = np.lib.format.read_magic(file)[0]
-        if version not in readers:
-            raise ValueError(f"it has version {version}, expected 1 or 2")
-        if version == 2 and int.from_bytes(begin[8:12], "little") > MAX_HEADER:  # it would be read
-            raise ValueError("its header has no end")
-        shape, fortran, dtype = readers[version](file)
-    except (ValueError, EOFError) as error:
-        reason = one_line(str(error).partition("\n")[0])[:120]
-        if begin.startswith(b"version https://git-lfs"):
-            reason = "a Git LFS pointer: fetch the file itself, `git lfs pull`"
-        elif begin.lstrip().lower().startswith((b"<!doctype", b"<html")):
-            reason = "a web page: download the file itself"
-        raise DataError(f"{name}: not a .npy file: {reason}") from None
-    if dtype.hasobject or dtype.kind not in "biuf":
-        raise DataError(f"{name}: holds {dtype}, expected numbers")
-    if len(shape) > 3 or any(type(length) is not int or length < 0 for length in shape):
-        raise DataError(f"{name}: its header promises {list(shape)} numbers: not a shape")
-    return shape, fortran, dtype
 
 
 def read_scene(
