@@ -22,6 +22,7 @@ DEMOS = {
     "sam2-lora": ("--steps", "2"),
     "sam3-lora": ("--epochs", "1"),
     "scenesplat-lora": ("--epochs", "1"),
+    "midi3d-lora": ("--epochs", "1"),
 }
 OLDEST = ("torch==2.9.*", "transformers==5.15.0", "accelerate==1.10.0", "peft==0.19.0")
 
@@ -145,6 +146,8 @@ def bench(session: nox.Session) -> None:
     session.run("python", "tools/bench/sam3_step.py", env=threads)
     for name in ("convolution", "step", "scale"):
         session.run("python", f"tools/bench/scenesplat_{name}.py", env=threads)
+    for name in ("step", "cache", "memory", "extraction"):
+        session.run("python", f"tools/bench/midi3d_{name}.py", env=threads)
     session.run("python", "tools/bench/guards.py", env=threads)
 
 

@@ -1,5 +1,6 @@
 """LoRA's share of the gain that full fine-tuning reaches, on a package's embedded default.
 
+python tools/compare_full_finetuning.py midi3d
 python tools/compare_full_finetuning.py sam2 --output table.md
 python tools/compare_full_finetuning.py sam3 --runs runs.jsonl
 python tools/compare_full_finetuning.py scenesplat
@@ -27,7 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-PACKAGES = ("sam2", "sam3", "scenesplat")
+PACKAGES = ("midi3d", "sam2", "sam3", "scenesplat")
 METHODS = ("LoRA", "full")
 ENOUGH = 5.0  # the full gain must be so many of its standard deviations over the seeds
 Figures = dict[str, float]
@@ -39,12 +40,14 @@ class Comparison(Protocol):
     Attributes:
         chooses: the figure, of validation data, that chooses a method's learning rate.
         compared: the figures, of test data, of whose gain LoRA's share is told.
+        falling: the figures that are better when they are lower.
         about: a sentence on what the figures are.
         sample: what is trained on, in the singular.
     """
 
     chooses: str
     compared: tuple[str, ...]
+    falling: frozenset[str]
     about: str
     sample: str
 
@@ -156,14 +159,22 @@ def keep(run: Run, args: argparse.Namespace) -> None:
 # -- comparing ---------------------------------------------------------------------------------
 
 
-def chosen(runs: Sequence[Run], method: str, by: str) -> list[Run]:
+def chosen(comparison: Comparison, runs: Sequence[Run], method: str) -> list[Run]:
     """The runs of a method at its best rate by a figure of the validation data, by seed."""
-    by_rate: dict[float, list[Run]] = {}
+    by, by_rate = comparison.chooses, dict[float, list[Run]]()
     for run in runs:
         if run.method == method:
             by_rate.setdefault(run.rate, []).append(run)
-    best = max(by_rate.values(), key=lambda group: statistics.fmean(r.figures[by] for r in group))
+    best = max(
+        by_rate.values(),
+        key=lambda group: sign(comparison, by) * statistics.fmean(r.figures[by] for r in group),
+    )
     return sorted(best, key=lambda run: run.seed)
+
+
+def sign(comparison: Comparison, name: str) -> int:
+    """-1 for a figure that is better when it is lower, else 1."""
+    return -1 if name in comparison.falling else 1
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
@@ -177,7 +188,7 @@ def report(
     """The markdown table with its conclusions, and whether all of them may be drawn."""
     from lora_core.report import plural
 
-    groups = [chosen(runs, method, comparison.chooses) for method in METHODS]
+    groups = [chosen(comparison, runs, method) for method in METHODS]
     lines = [
         f"| method | trained parameters | learning rate | {' | '.join(base)} |",
         "|---" * (3 + len(base)) + "|",
@@ -188,7 +199,7 @@ def report(
         f"learning rates {', '.join(f'{rate:g}' for rate in args.rates)}; {comparison.about}, "
         "± standard deviation over the seeds.",
     ]
-    said = [share(name, base, *groups) for name in comparison.compared]
+    said = [share(name, sign(comparison, name), base, *groups) for name in comparison.compared]
     return "\n".join([*lines, *(text for text, _ in said)]), all(valid for _, valid in said)
 
 
@@ -202,9 +213,15 @@ def row(group: Sequence[Run], base: Figures) -> str:
     return f"| {first.method} | {trained} | {first.rate:g} | {' | '.join(cells)} |"
 
 
-def share(name: str, base: Figures, lora: Sequence[Run], full: Sequence[Run]) -> tuple[str, bool]:
-    """What is concluded from a figure, and whether the full gain is large enough for that."""
-    gains = [[run.figures[name] - base[name] for run in group] for group in (lora, full)]
+def share(
+    name: str, upward: int, base: Figures, lora: Sequence[Run], full: Sequence[Run]
+) -> tuple[str, bool]:
+    """What is concluded from a figure, and whether the full gain is large enough for that.
+
+    Args:
+        upward: 1 or -1, see `sign`.
+    """
+    gains = [[upward * (run.figures[name] - base[name]) for run in group] for group in (lora, full)]
     gain, deviation = spread(gains[1])
     text = (
         f"{name}: full fine-tuning gains {gain:.3f} ± {deviation:.3f}; the comparison asks for "

@@ -20,10 +20,11 @@ import warnings
 
 import peft
 import torch
-from measure import markdown, timed, with_saved_bytes
+from measure import markdown, timed
 from torch import Tensor, nn
 
 import lora_core
+from lora_core.memory import saved_bytes
 
 SHAPES = (  # rows x in - out, rank
     "65536x144-432,8",  # Hiera large stage 1, qkv
@@ -57,7 +58,7 @@ class Variant:
 
     def kept(self) -> float:
         """Saved for the backward pass, in units of bytes(x)."""
-        saved, _ = with_saved_bytes(self.forward, self.layer.parameters())
+        saved, _ = saved_bytes(self.forward, self.layer.parameters())
         return saved / (self.x.numel() * self.x.element_size())
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks measure: time, bytes kept for the backward pass, and tables of them.
+"""What the benchmarks measure: time and peak memory, and tables of them.
 
 torch is imported only where it is needed: `sam2_step.py` starts its processes from a small one.
 """
@@ -8,10 +8,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import Any
 
 
 def timed(run: Callable[[], Any], device: str) -> tuple[float, Any]:
@@ -33,28 +30,6 @@ def timed(run: Callable[[], Any], device: str) -> tuple[float, Any]:
     last.record()
     torch.cuda.synchronize()
     return first.elapsed_time(last) / 1000, result
-
-
-def with_saved_bytes(run: Callable[[], Any], parameters: Iterable[Tensor]) -> tuple[int, Any]:
-    """Bytes that the forward pass `run` keeps for the backward pass, and its result.
-
-    Each storage counts once and whole; those of `parameters` do not count. The result keeps the
-    graph alive, so that no two storages share an address.
-    """
-    import torch
-
-    known = {p.untyped_storage().data_ptr() for p in parameters}
-    sizes: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = run()
-    return sum(sizes.values()), result
 
 
 def peak_bytes(run: Callable[[], Any], device: str) -> int:

@@ -30,7 +30,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from measure import markdown, timed, with_saved_bytes
+from measure import markdown, timed
 
 from sam2_lora.config import Config
 
@@ -67,6 +67,7 @@ def measure(method: str, cfg: Config, args: argparse.Namespace) -> Cost:
     import torch
     from sam2_methods import build, random_batch
 
+    from lora_core.memory import saved_bytes
     from sam2_lora import losses
 
     torch.set_num_threads(args.threads)
@@ -82,7 +83,7 @@ def measure(method: str, cfg: Config, args: argparse.Namespace) -> Cost:
             return losses.loss(network, batch, cfg)[0]
 
     tensors = list(network.state_dict().values())
-    kept, loss = with_saved_bytes(forward, tensors)
+    kept, loss = saved_bytes(forward, tensors)
     loss.backward()
     optimizer.step()
     del loss

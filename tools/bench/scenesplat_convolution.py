@@ -7,8 +7,9 @@ spconv is no dependency of anything here; `pip install spconv` brings the CPU bu
 and without it its columns are left out. The kernel has 3^3 offsets, all is float32. A convolution
 needs to know the neighbours of each voxel: a network finds them once per stage and step (`table`),
 spconv within the first convolution of an `indice_key`. Both ways are in the ratios, with the table
-and without it. The weight is frozen, as with LoRA: the backward pass gives the gradient of the
-features alone. (The CPU build of spconv has no backward pass.)
+and without it; `in a stage` is one table and two convolutions, which a stage of the released
+networks has at least. The weight is frozen, as with LoRA: the backward pass gives the gradient of
+the features alone. (The CPU build of spconv has no backward pass.)
 
 The variants take turns: a round is one of each. Seconds are medians over the rounds, ratios medians
 of each round's ratio; on the CPU they are the process' own time.
@@ -96,12 +97,14 @@ def row(seconds: dict[str, list[float]]) -> list[float | str]:
     """Milliseconds of each variant, then ratios."""
     table, forward, both = (seconds[name] for name in ("table", "forward", "both"))
     values: list[float | str] = [1000 * statistics.median(s) for s in (table, forward, both)]
+    stages = [[t + 2 * c for t, c in zip(table, one, strict=True)] for one in (both, forward)]
+    backward = _ratio(both, forward), _ratio(*stages)
     if "spconv" not in seconds:
-        return [*values, "-", "-", "-", "-", _ratio(both, forward)]
+        return [*values, "-", "-", "-", "-", *backward]
     spconv, whole = seconds["spconv"], seconds["spconv, table"]
     with_table = [a + b for a, b in zip(table, forward, strict=True)]
     values += [1000 * statistics.median(s) for s in (spconv, whole)]
-    return [*values, _ratio(forward, spconv), _ratio(with_table, whole), _ratio(both, forward)]
+    return [*values, _ratio(forward, spconv), _ratio(with_table, whole), *backward]
 
 
 def _ratio(one: list[float], other: list[float]) -> float:
@@ -131,6 +134,7 @@ def main() -> None:
         rows.append([f"{len(grid):,} x {channels}", *row(seconds)])
     header = ("voxels x channels", "table ms", "forward ms", "forward + backward ms", "spconv ms")
     header += ("spconv with table ms", "ours / spconv", "with tables", "both / forward")
+    header += ("in a stage",)
     print(markdown(header, rows))
     if absent:
         print("\nspconv is not installed: its columns are left out.")

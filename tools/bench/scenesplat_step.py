@@ -58,7 +58,7 @@ def main() -> None:
     )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--voxels", type=int, default=2000)
-    parser.add_argument("--depth", choices=DEPTHS, default="short")
+    parser.add_argument("--depth", choices=DEPTHS, default="whole")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from measure import markdown, peak_bytes, timed, with_saved_bytes
+from measure import markdown, peak_bytes, timed
 from torch import Tensor, nn
+
+from lora_core.memory import saved_bytes
 
 METHODS = ("floor", "lora_core", "PEFT")
 MB = 1e6
@@ -78,7 +80,7 @@ class Contender:
     def measure_memory(self) -> None:
         """Two steps, which warm up as well."""
         known = [*self.model.state_dict().values(), *self.batch]
-        self.cost.kept, loss = with_saved_bytes(lambda: self.forward(self.model), known)
+        self.cost.kept, loss = saved_bytes(lambda: self.forward(self.model), known)
         loss.backward()
         del loss
         self.optimizer.step()

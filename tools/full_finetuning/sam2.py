@@ -81,6 +81,7 @@ class Comparison:
     folder: Path
     chooses: str = "val, click"
     compared: tuple[str, ...] = ("test, click",)
+    falling: frozenset[str] = frozenset()
     about: str = "mean IoU per object"
     sample: str = "picture"
 

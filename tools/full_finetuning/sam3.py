@@ -52,6 +52,7 @@ class Comparison:
     folder: Path
     chooses: str = "val, mask mAP"
     compared: tuple[str, ...] = ("test, mask mAP", "test, box mAP", "test, cgF1")
+    falling: frozenset[str] = frozenset()
     about: str = "scores as `sam3-lora evaluate` has them"
     sample: str = "picture"
 

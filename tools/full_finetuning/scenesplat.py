@@ -51,6 +51,7 @@ class Comparison:
     folder: Path
     chooses: str = "val, mIoU"
     compared: tuple[str, ...] = ("test, mIoU", "test, mAcc")
+    falling: frozenset[str] = frozenset()
     about: str = "scores over all voxels in the definition of the official tester"
     sample: str = "room"
 
