@@ -130,11 +130,8 @@ def together(device: torch.device, timeout: float | None = None) -> Iterator[Non
 def _blame(watch: Watch, error: BaseException) -> RankError | None:
     """Tell the others of an error here, or find whose failure has caused it."""
     own = describe(error, watch.rank)
-    text = str(error).lower()
-    torn = isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and ("gloo" in text or "nccl" in text)
-    )
-    if torn:  # what collectives raise when a process is gone, or does not come
+    torn = _is_torn(error)
+    if torn:
         watch.silence = min(watch.silence, 4.0)
     if isinstance(error, RuntimeError):
         watch.failed.wait(7.0 if torn else 1.5)
@@ -154,6 +151,19 @@ def _blame(watch: Watch, error: BaseException) -> RankError | None:
         error.told = failure.message == own.message and watch.rank != 0
         return None
     return failure.error() if isinstance(error, Exception) else None
+
+
+def _is_torn(error: BaseException) -> bool:
+    """Whether a collective raised this because a process is gone, or does not come.
+
+    Of several collectives under way, gloo names itself in the one whose time is over; the others
+    end with "Application timeout caused pair closure", and which one is seen first is chance.
+    """
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError)
+        and any(words in text for words in ("gloo", "nccl", "caused pair closure"))
+    )
 
 
 def first_rank_decides(make: Callable[[], T], device: torch.device) -> T:
