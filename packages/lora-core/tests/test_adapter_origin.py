@@ -59,9 +59,9 @@ def test_telling_bases_apart_costs_little():
     large = {str(i): nn.utils.skip_init(nn.Linear, 5000, 5000) for i in range(4)}
     inject(model := nn.ModuleDict(large), LoraConfig(["re:.*"], r=1))
     specs = {live: layer.lora_adapters["default"] for live, layer in lora_layers(model).items()}
-    start = time.perf_counter()
+    start = time.process_time()
     assert adapter_origin.base_print(model, specs, {live: live for live in specs})
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 @pytest.mark.fault("K33")

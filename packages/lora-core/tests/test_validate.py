@@ -249,7 +249,7 @@ def test_ctrl_c_leaves_at_once_and_what_was_looked_at_is_remembered(
     began = time.monotonic()
     os.killpg(pid, signal.SIGINT)  # as a terminal does: the workers get it too
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 6
     assert wait_for(lambda: not alive(pid)), "a worker lives on"
     looks(files)
     assert [outcome.value["number"] for outcome in check(files)] == list(range(30))
