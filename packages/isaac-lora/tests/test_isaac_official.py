@@ -116,6 +116,27 @@ def test_what_is_no_model_folder_is_told(folder: Path, tmp_path: Path) -> None:
         find_model(folder)
 
 
+def test_an_adapter_beside_the_model_or_in_place_of_it_is_told(
+    folder: Path, tmp_path: Path
+) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"holds a LoRA adapter .*--model_path.*--adapter"):
+        load_model(folder)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="This is a LoRA adapter: pass it as --adapter"):
+        find_model(tmp_path)
+
+
+def test_a_folder_of_shards_without_settings_is_not_told_to_do_without_shards(
+    tmp_path: Path,
+) -> None:
+    recorded_model().save_pretrained(tmp_path, max_shard_size="300KB")
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"needs config\.json and .*shards") as caught:
+        find_model(tmp_path)
+    assert "shards are not read" not in str(caught.value)
+
+
 def test_missing_shards_and_a_wrong_list_are_told(tmp_path: Path) -> None:
     recorded_model().save_pretrained(tmp_path, max_shard_size="300KB")
     index = json.loads((tmp_path / INDEX).read_text())

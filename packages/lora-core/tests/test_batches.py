@@ -8,8 +8,9 @@ from tiny_training import Points, assert_same_bits, collate, network, train
 from torch import nn
 
 from lora_core.config import LoraConfig
-from lora_core.errors import DataError
+from lora_core.errors import ConfigError, DataError
 from lora_core.injection import inject
+from lora_core.training.schedule import EpochSampler
 
 
 def weights(folder, size, batch, accumulation, steps=6, count=None, loss=None, **settings):
@@ -103,6 +104,11 @@ def test_no_batch_per_epoch_stops_the_run(tmp_path, size):
         assert part in str(caught.value)
     with pytest.raises(DataError, match="0 batches per epoch: 0 training samples"):
         weights(tmp_path, 0, 4, 1)
+
+
+def test_an_order_of_more_or_fewer_samples_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="order has 9 indices and there are 10 training samples"):
+        weights(tmp_path, 10, 4, 1, order=EpochSampler(9, 0))
 
 
 # -- parts of the network that a batch does not use ------------------------------------------------

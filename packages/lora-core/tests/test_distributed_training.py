@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_training import FromOneOn
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import Dataset
@@ -86,7 +87,8 @@ def evaluate(model):
 
 
 def trainer(folder, world, size=48, data=None, loss=loss, measure=evaluate, **settings):
-    own = {name: settings.pop(name) for name in ("count", "on_latest") if name in settings}
+    given = ("count", "on_latest", "order")
+    own = {name: settings.pop(name) for name in given if name in settings}
     defaults = {
         "learning_rate": 1e-2,
         "steps": 14,
@@ -172,6 +174,28 @@ def test_two_processes_train_as_one_whatever_the_number_of_samples(tmp_path):
         train(tmp_path / f"one-{size}", 1, size=size)
         assert_same_run(tmp_path / f"one-{size}", tmp_path / f"two-{size}")
     assert_same_run(tmp_path / "one-45", tmp_path / "two-parts")
+
+
+@pytest.mark.fault("R18", "R25")
+def test_two_processes_divide_an_order_of_the_caller(tmp_path):
+    """Both see it as one process would, each takes its own samples, and none is left out."""
+
+    def noted(rank):
+        def write(model, batch):
+            if model.training and os.environ.get("RANK"):
+                with (tmp_path / f"seen-{rank}").open("a") as file:
+                    file.writelines(f"{key}\n" for key in batch["keys"])
+            return loss(model, batch)
+
+        train(tmp_path / "two", 2, loss=write, size=48, order=FromOneOn(48, 3), steps=6)
+
+    assert_all_well(run(noted))
+    seen = [list(map(int, (tmp_path / f"seen-{rank}").read_text().split())) for rank in range(2)]
+    assert not set(seen[0]) & set(seen[1])
+    assert sorted(seen[0] + seen[1]) == list(range(48))
+    assert seen[0][:4] + seen[1][:4] == [(21 + i) % 48 for i in range(8)]
+    train(tmp_path / "one", 1, size=48, order=FromOneOn(48, 3), steps=6)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.fault("R08", "R18", "R25")

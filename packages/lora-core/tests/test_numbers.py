@@ -412,7 +412,7 @@ def test_a_scaler_that_only_halves_ends_with_advice(tmp_path):
         made.train()
     text = str(caught.value)
     assert "step 2: the fp16 gradients overflow even when scaled by 7.5e-05" in text
-    assert "--precision bf16 or fp32" in text
+    assert "compute in bf16 or fp32" in text
 
 
 @pytest.mark.fault("R01", "R03", "K17")

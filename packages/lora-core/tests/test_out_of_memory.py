@@ -185,6 +185,14 @@ def test_auto_batch_keeps_the_effective_batch_and_says_so_once(batch, most, expe
 
 
 @pytest.mark.fault("R13")
+def test_auto_batch_says_it_in_the_names_that_a_package_has(capsys):
+    names = ("per_device_train_batch_size", "accumulation")
+    assert fit_batch(network(), limited(2), make, 4, 3, auto=True, settings=names) == (2, 6)
+    said = capsys.readouterr().out
+    assert "so --per_device_train_batch_size 2 and --accumulation 6 make updates" in said
+
+
+@pytest.mark.fault("R13")
 def test_one_sample_that_does_not_fit_stops_the_run_even_with_auto_batch():
     with pytest.raises(ConfigError) as caught:
         fit_batch(network(), limited(0), make, 4, 1, auto=True, advice=ADVICE)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_training import (
     COLUMNS,
+    FromOneOn,
     Points,
     assert_same_bits,
     evaluate,
@@ -113,6 +114,38 @@ def test_samples_come_in_the_same_order_and_each_once_an_epoch(every, tmp_path):
     assert per_epoch[0] != per_epoch[1] != per_epoch[2], "each epoch has an order of its own"
     for step, samples in ((3, 24), (7, 50), (16, 116)):
         assert seen_by(tmp_path / str(step), step) == whole[samples:]
+
+
+@pytest.mark.fault("K08", "K09", "K12")
+@pytest.mark.parametrize("parts", [(4, 2), (8, 1)])
+def test_an_order_of_the_caller_is_followed_and_taken_up_inside_an_epoch(tmp_path, parts):
+    seen = []
+
+    def noted(model, batch):
+        if model.training:
+            seen.extend(batch["ids"])
+        return loss(model, batch)
+
+    def run(folder, resume=None, batch=4, accumulation=2):
+        seen.clear()
+        return train(
+            folder, resume, loss=noted, order=FromOneOn(50, 3), batch_size=batch,
+            gradient_accumulation_steps=accumulation, **EVERY,
+        )  # fmt: skip
+
+    first = run(tmp_path / "first")
+    whole = list(seen)
+    assert [index for _, index in whole[:50]] == [(21 + i) % 50 for i in range(50)]
+    assert [index for _, index in whole[50:100]] == [(28 + i) % 50 for i in range(50)]
+    (tmp_path / "again").mkdir()
+    for name in ("checkpoint-10", "log.csv"):
+        copy = shutil.copytree if name == "checkpoint-10" else shutil.copy
+        copy(tmp_path / "first" / name, tmp_path / "again" / name)
+    again = run(tmp_path / "again", True, *parts)
+    assert seen == whole[74:], "step 10 is three updates after an epoch of seven"
+    if parts == (4, 2):
+        assert_same_bits(first.network, again.network)
+        assert rows(tmp_path / "again") == rows(tmp_path / "first")
 
 
 @pytest.mark.fault("K04", "K08")

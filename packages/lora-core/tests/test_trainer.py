@@ -30,6 +30,7 @@ from lora_core.guards import Guards
 from lora_core.injection import inject
 from lora_core.testing import processes
 from lora_core.trainer import choose_device, choose_precision, training_arguments
+from lora_core.training.arguments import check_device
 from lora_core.training.fields import REFUSED, SET_BY_US
 from lora_core.training.schedule import FLOOR, EpochSampler, lr_factor
 
@@ -119,6 +120,29 @@ def test_a_trainer_setting_that_cannot_be_is_refused_with_the_reason(tmp_path, n
     assert part in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("adam_beta1", "x", "--adam_beta1: expected a number, not 'x'"),
+        ("log_level", "loud", "--log_level: unknown 'loud'; expected one of"),
+        ("optim_args", "a=b=c", "--optim, optim_args and adam_... do not go together"),
+        ("optimm", "sgd", "unknown --optimm; did you mean 'optim'"),
+    ],
+)
+def test_messages_have_the_names_that_a_command_gives_these_settings(tmp_path, name, value, said):
+    wrong = {"optim": "sgd", name: value}
+    for check in (
+        lambda: training_arguments(
+            tmp_path, learning_rate=1e-3, steps=3, device="cpu", trainer=wrong, section=""
+        ),
+        lambda: check_device("cpu", "fp32", wrong, section=""),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            check()
+        assert said in str(caught.value)
+        assert "--trainer" not in str(caught.value)
+
+
 def test_all_wrong_trainer_settings_are_reported_together(tmp_path):
     wrong = {"fsdp": "x", "adam_bta1": 1, "seed": 2}
     with pytest.raises(ConfigError) as caught:
@@ -129,10 +153,10 @@ def test_all_wrong_trainer_settings_are_reported_together(tmp_path):
 def test_every_other_field_of_training_arguments_is_passed_on(tmp_path):
     passed = {"adam_beta1": 0.8, "run_name": "7", "ddp_timeout": 60.0}
     args = training_arguments(
-        tmp_path, learning_rate=1e-3, steps=30, warmup_steps=100, device="cpu", trainer=passed
+        tmp_path, learning_rate=1e-3, steps=30, warmup_steps=6, device="cpu", trainer=passed
     )
     assert (args.adam_beta1, args.run_name, args.ddp_timeout) == (0.8, "7", 60)
-    assert (args.max_steps, args.warmup_steps) == (30, 3)
+    assert (args.max_steps, args.warmup_steps) == (30, 6)
     assert args.report_to == []
 
 

@@ -18,6 +18,7 @@ from lora_core.guards import Guards
 from lora_core.injection import inject
 from lora_core.report import RunLog
 from lora_core.trainer import LoraTrainer, training_arguments
+from lora_core.training.schedule import EpochSampler
 
 # transformers collects garbage at every start of a training: spare it the imported libraries.
 gc.freeze()
@@ -43,6 +44,14 @@ class Points(Dataset):
     def __getitem__(self, i):
         noise = torch.randn(8, generator=torch.Generator().manual_seed(1000 * self.epoch + i))
         return {"x": X[i] + self.noise * noise, "y": Y[i], "id": (self.epoch, i)}
+
+
+class FromOneOn(EpochSampler):
+    """All indices in turn, from another one in each epoch."""
+
+    def __iter__(self):
+        start = 7 * (self.seed + self.epoch)
+        yield from ((start + index) % self.size for index in range(self.size))
 
 
 def collate(samples):
@@ -84,7 +93,7 @@ def trainer(folder, model=None, data=None, measure=evaluate, loss=loss, log=True
         "learning_rate": 1e-2,
         "steps": 23,
         "batch_size": 4,
-        "warmup_steps": 3,
+        "warmup_steps": min(3, settings.get("steps", 23) // 10),
         "gradient_accumulation_steps": 2,
         "log_steps": 4,
         "eval_steps": 5,

@@ -15,7 +15,8 @@ from tiny_transformers import CASES, GOLDENS, inputs_of
 from torch import Tensor
 
 from lora_core.errors import CheckpointError, ConfigError
-from midi3d_lora.official import find_model, find_weights, read_weights
+from lora_core.weight_files import read_weights
+from midi3d_lora.official import find_model, find_weights
 from midi3d_lora.official_model import load_component
 from midi3d_lora.transformer.dit import TripoSGDiTModel
 

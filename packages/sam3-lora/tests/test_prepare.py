@@ -18,7 +18,6 @@ from lora_core.pictures.encodings import decode_counts
 from lora_core.testing.refusals import files_limited_to
 from sam3_lora.config import Config, Dataset, Training
 from sam3_lora.data import Splits, load
-from sam3_lora.formats.division import rank
 from sam3_lora.formats.xml_file import MAX_DEPTH, read_xml
 from sam3_lora.prepare import MARK, Options, main, prepare
 from sam3_lora.records import Record
@@ -727,15 +726,6 @@ def test_a_picture_never_changes_sides(source: Path, output: Path) -> None:
     assert after.items() >= before.items()
     prepare(options(source, output, val_fraction=0.3, seed=1, overwrite=True))
     assert sides(output) != after
-
-
-def test_the_share_is_kept_and_copies_of_a_picture_stay_together() -> None:
-    ranks = [rank(f"{k}.jpg", 0) for k in range(4000)]
-    assert rank("a", 0) != rank("b", 0)  # names without a suffix
-    assert abs(sum(value < 0.1 for value in ranks) / 4000 - 0.1) < 0.02
-    original = rank("bolt_1_jpg.png", 0)
-    for copy in ("0a1b2c3d4e5f60718293a4b5c6d7e8f9", "ffffffffffffffffffffffffffffffff"):
-        assert rank(f"bolt_1_jpg.rf.{copy}.jpg", 0) == original
 
 
 def test_every_run_makes_the_same_files(source: Path, output: Path) -> None:

@@ -5,18 +5,16 @@ Nothing in it is executed: neither the Python files that it holds, nor pickled w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from isaac_lora.network.configuration import IsaacConfig
 from isaac_lora.network.isaac import ITS_DEPTH
 from lora_core import base_file
 from lora_core.errors import CheckpointError, ConfigError
+from lora_core.weight_files import WeightFiles, find_shards, read_weights
 
 if TYPE_CHECKING:
     from isaac_lora.network.isaac import IsaacForConditionalGeneration
@@ -24,25 +22,14 @@ if TYPE_CHECKING:
 SETTINGS = "config.json"
 SINGLE = base_file.WEIGHTS
 INDEX = f"{SINGLE}.index.json"
+_WEIGHTS = f"{SINGLE}, or {INDEX} with its shards"
+ADAPTER = "adapter_config.json"
 HEAD = "lm_head.weight"  # not in files of models whose head is the embedding
 _LATER_PORT = "model.language_model."  # of the model that is part of later transformers
 _WHERE_TO_GET = (
     ". Download the model, for example with `hf download PerceptronAI/Isaac-0.1 --local-dir "
     "isaac_model`, and pass that folder"
 )
-
-
-@dataclass(frozen=True)
-class WeightFiles:
-    """Where a model folder keeps its tensors.
-
-    Attributes:
-        files: one safetensors file, or the shards.
-        index: of shards, tensor name -> file name.
-    """
-
-    files: tuple[Path, ...]
-    index: Mapping[str, str] | None = None
 
 
 # -- the folder ------------------------------------------------------------------------------------
@@ -52,7 +39,7 @@ def find_model(path: str | Path) -> Path:
     """The model folder, with its settings and weight files in it; no tensor is read.
 
     Raises:
-        CheckpointError: no such folder, or what it lacks.
+        CheckpointError: no such folder, what it lacks, or an adapter beside the model.
     """
     folder = base_file.find_local(path, where_to_get=_WHERE_TO_GET)
     if folder is None:
@@ -62,8 +49,13 @@ def find_model(path: str | Path) -> Path:
     if not folder.is_dir():
         raise CheckpointError(f"{folder.absolute()} is a file: pass the folder that it lies in")
     if not (folder / SETTINGS).is_file():
-        raise base_file.no_model_folder(folder, f"{SETTINGS} and {SINGLE}")
+        raise base_file.no_model_folder(folder, f"{SETTINGS} and {_WEIGHTS}")
     find_weights(folder)
+    if (folder / ADAPTER).exists():  # transformers would put it into the model
+        raise CheckpointError(
+            f"{folder.absolute()} holds a LoRA adapter ({ADAPTER}) beside the model: move it into "
+            "a folder of its own; the base is --model_path, and the adapter --adapter"
+        )
     return folder
 
 
@@ -76,25 +68,8 @@ def find_weights(folder: Path) -> WeightFiles:
     if (folder / SINGLE).is_file():
         return WeightFiles((folder / SINGLE,))
     if (folder / INDEX).is_file():
-        return _shards(folder / INDEX)
-    raise base_file.no_model_folder(folder, f"{SINGLE}, or {INDEX} with its shards")
-
-
-def _shards(index: Path) -> WeightFiles:
-    places = base_file.read_settings(index).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise CheckpointError(f"{index} has no weight_map: copy or download it again")
-    names = sorted({str(name) for name in places.values()})
-    outside = [name for name in names if Path(name).name != name or "\\" in name]
-    if outside:
-        raise CheckpointError(f"{index} names files of other folders: {base_file.some(outside)}")
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing:
-        raise CheckpointError(
-            f"{index.parent}: {len(missing)} of {len(names)} shards are missing: "
-            f"{base_file.some(missing)}"
-        )
-    return WeightFiles(tuple(index.parent / name for name in names), places)
+        return find_shards(folder / INDEX)
+    raise base_file.no_model_folder(folder, _WEIGHTS)
 
 
 def read_config(folder: Path) -> IsaacConfig:
@@ -120,34 +95,6 @@ def read_config(folder: Path) -> IsaacConfig:
 
 
 # -- its tensors -----------------------------------------------------------------------------------
-
-
-def headers_of(found: WeightFiles) -> dict[str, Tensor]:
-    """Names, shapes and dtypes of all tensors, without reading their values.
-
-    Raises:
-        CheckpointError: a file is damaged; a tensor is in two shards, or in another than the list
-            of shards says.
-    """
-    tensors: dict[str, Tensor] = {}
-    places: dict[str, str] = {}
-    for path in found.files:
-        content, _ = base_file.read_tensors(path, device="meta")
-        if twice := [name for name in content if name in tensors]:
-            raise CheckpointError(
-                f"{path} and {places[twice[0]]} both have {base_file.some(twice)}"
-            )
-        tensors |= content
-        places |= dict.fromkeys(content, path.name)
-    if found.index is not None:
-        listed = {str(name): str(place) for name, place in found.index.items()}
-        wrong = sorted({name for name, _ in listed.items() ^ places.items()})
-        if wrong:
-            raise CheckpointError(
-                f"{found.files[0].parent}: the list of shards and the shards differ in "
-                f"{len(wrong)} tensors: {base_file.some(wrong)}"
-            )
-    return tensors
 
 
 def empty_model(folder: Path) -> IsaacForConditionalGeneration:
@@ -177,7 +124,7 @@ def check_folder(folder: Path) -> IsaacForConditionalGeneration:
         CheckpointError: tensors that are missing, left over, or of another shape or kind.
     """
     model, found = empty_model(folder), find_weights(folder)
-    tensors = headers_of(found)
+    tensors = read_weights(found, device="meta")
     wanted = dict(model.state_dict())
     if model.config.tie_word_embeddings and HEAD not in tensors:
         del wanted[HEAD]

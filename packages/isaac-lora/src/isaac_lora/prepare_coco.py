@@ -9,13 +9,11 @@ picture never changes sides, whatever is added later. The folder appears complet
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_core.config import option, parse
@@ -23,6 +21,7 @@ from lora_core.data_file import new_tree
 from lora_core.errors import ConfigError, DataError, listing, one_line, printable
 from lora_core.guards import unnamed
 from lora_core.preflight import writable
+from lora_core.prepared_folder import MARK, check_output
 from lora_core.report import say, table
 from lora_core.validate import REPORT, Bad, samples, stop_or_skip, write_report
 
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from isaac_lora.coco_boxes import Picture
 
 TEXT = "Turn boxes of COCO files into conversations that ask for them."
-MARK = "prepared.json"  # says that a folder was made here
 SPLITS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation"),
@@ -120,36 +118,23 @@ def prepare(options: Options) -> list[tuple[object, ...]]:
         DataError: no data, faults in it (all together), or an output that must not be replaced.
     """
     output = Path(options.output).absolute()
-    check_output(output, options)
+    refuse_foreign(output, options)
     parts, bad = read_all(options)
     sides = divided(parts, options)
     rows = [_row(split, pictures) for split, pictures in sides.items()]
     with new_tree(output) as tree:
         _write_tree(tree, sides, bad, options)
-        check_output(output, options)  # again: writing takes its time
+        refuse_foreign(output, options)  # again: writing takes its time
     return rows
 
 
-def check_output(output: Path, options: Options) -> None:
+def refuse_foreign(output: Path, options: Options) -> None:
     """Never delete what was not made here.
 
     Raises:
         DataError: there is something at the output that must not be replaced.
     """
-    place = printable(output)
-    if not output.exists() and not output.is_symlink():
-        return
-    if not options.overwrite:
-        raise DataError(f"{place} exists: add --overwrite, or choose another --output")
-    if output.is_symlink() or not output.is_dir():
-        raise DataError(f"{place} is no folder, and is not replaced: choose another --output")
-    names = {path.name for path in output.iterdir()}
-    strange = sorted(names - {MARK, REPORT, *(f"{split}.json" for split in SPLITS)})
-    if strange:
-        what = one_line(strange[0])
-        raise DataError(f"{place} holds {what!r}, which is not replaced: remove it first")
-    if names and MARK not in names:
-        raise DataError(f"{place} was not made by prepare, and is not replaced: remove it first")
+    check_output(output, options.source, [f"{split}.json" for split in SPLITS], options.overwrite)
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -214,6 +199,7 @@ def divided(parts: Parts, options: Options) -> Parts:
     Raises:
         DataError: nothing to train on.
     """
+    from lora_core.pictures.division import split_by_name
     from lora_core.pictures.survey import remarks
 
     sides = dict(parts)
@@ -235,43 +221,6 @@ def divided(parts: Parts, options: Options) -> Parts:
     for note in remarks(sides):
         say(printable(f"note: {note}"))
     return sides
-
-
-def split_by_name(
-    pictures: Sequence[Picture], share: float, seed: int
-) -> tuple[list[Picture], list[Picture], str]:
-    """Training and validation pictures, and what is to be said about it.
-
-    A picture is validated if the hash of its name says so. Both sides get one at least.
-
-    Args:
-        share: of the pictures, for validation.
-    """
-    if len(pictures) < 2:
-        return list(pictures), [], "a single picture: none is left for validation"
-    ranks = {picture.key: rank(picture.image.name, seed) for picture in pictures}
-    by_rank = sorted(ranks, key=lambda key: (ranks[key], key))
-    chosen = {key for key, value in ranks.items() if value < share}
-    note = ""
-    if not chosen or len(chosen) == len(pictures):
-        chosen = chosen - {by_rank[-1]} or {by_rank[0]}
-        note = (
-            f"of {len(pictures)} pictures --val_fraction {share:g} leaves one side empty: it gets "
-            "one, which may change sides when pictures are added"
-        )
-    train = [picture for picture in pictures if picture.key not in chosen]
-    return train, [picture for picture in pictures if picture.key in chosen], note
-
-
-def rank(name: str, seed: int) -> float:
-    """A number in [0, 1) that follows from a picture's name without its suffix.
-
-    Roboflow's copies of one picture (x_jpg.rf.0a1b....jpg) have the same, so that an augmented
-    copy of a training picture is never validated with.
-    """
-    stem = re.sub(r"\.rf\.[0-9A-Za-z]{16,}$", "", PurePath(name).stem)
-    text = f"{seed}\0{stem}".encode("utf-8", "surrogateescape")
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) / 2**64
 
 
 # -- writing ---------------------------------------------------------------------------------------

@@ -170,13 +170,17 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def no_model_folder(folder: Path, needs: str) -> CheckpointError:
-    """The error for a folder without the files of a model: what is there, and what that may be."""
+    """The error for a folder without the files of a model: what is there, and what that may be.
+
+    Args:
+        needs: the files that are looked for, also the list of shards if these are read.
+    """
     there = sorted(entry.name for entry in folder.iterdir())
     text = f"{folder.absolute()}: a model folder needs {needs}; here is: "
     text += ", ".join(there[:8]) or "nothing"
     if "adapter_config.json" in there:
         text += ". This is a LoRA adapter: pass it as --adapter, and its base as the checkpoint"
-    if any(name.endswith(".index.json") for name in there):
+    if any(name.endswith(".index.json") for name in there) and ".index.json" not in needs:
         text += ". Models in several shards are not read: save it as one model.safetensors"
     if "pytorch_model.bin" in there:
         text += ". Pickled weights are not read: save them as model.safetensors"

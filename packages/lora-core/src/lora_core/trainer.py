@@ -85,6 +85,7 @@ class LoraTrainer(Trainer):
         referenced: gives steps whose checkpoints must stay because other files refer to them.
         b_lr_ratio: learning rate of B over that of A (LoRA+).
         schedule: (update, updates) -> share of the peak learning rate, in place of the cosine.
+        order: indices of an epoch, a function of (seed, epoch), in place of a random permutation.
         count: `batch -> items` that the loss of a batch is the mean over; None: its samples; or
             several numbers by name, see `lora_core.training.shares`.
         sharded: blocks whose frozen parameters are divided among the processes, see
@@ -97,7 +98,8 @@ class LoraTrainer(Trainer):
         advice: for messages: what helps when memory runs out.
 
     Raises:
-        ConfigError: no trainable parameter, or processes that do not see each other.
+        ConfigError: no trainable parameter, an order of more or fewer samples than there are, or
+            processes that do not see each other.
         DataError: no training sample, or fewer than a batch with `dataloader_drop_last`.
     """
 
@@ -126,6 +128,7 @@ class LoraTrainer(Trainer):
         referenced: Callable[[], Collection[int]] = tuple,
         b_lr_ratio: float = 1.0,
         schedule: Callable[[int, int], float] | None = None,
+        order: EpochSampler | None = None,
         count: Callable[[Any], Counts] | None = None,
         sharded: Sequence[nn.Module] = (),
         guards: Guards | None = None,
@@ -136,7 +139,8 @@ class LoraTrainer(Trainer):
         advice: Advice | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        check_samples(train_set, args)
+        self.sampler = order or EpochSampler(len(train_set), args.seed)  # type: ignore[arg-type]
+        check_samples(train_set, args, self.sampler)
         check_trainable(model)
         self.network = model
         self.run_log, self.draw, self.shown = log, draw, shown
@@ -165,7 +169,6 @@ class LoraTrainer(Trainer):
         self.leaving = multiprocessing.RawValue("b", 0)  # workers may end
         self.progress: Progress | None = None  # while training
         self.samples = Watched(train_set)
-        self.sampler = EpochSampler(len(train_set), args.seed)  # type: ignore[arg-type]
         self.sharded = sharding.shard(sharded, args.device)
         self.shares = Shares(self.sampler, args, count)
         try:
@@ -179,7 +182,7 @@ class LoraTrainer(Trainer):
         except (ImportError, RuntimeError, ValueError) as error:
             if not args.report_to:
                 raise
-            raise ConfigError(f"--trainer.report_to {args.report_to}: {error}") from error
+            raise ConfigError(f"report_to {args.report_to}: {error}") from error
         self.remove_callback(PrinterCallback)  # transformers' prints; ours are in Flow
         world = world_size()
         if self.accelerator.num_processes != world:

@@ -24,6 +24,7 @@ from lora_core.merged_file import check_written, exact, move, private_folder, wr
 from lora_core.merging import merged_state_dict
 from lora_core.state_keys import own_state
 from lora_core.tensor_file import write_json
+from lora_core.weight_files import read_weights
 from midi3d_lora import official
 from midi3d_lora.adapter_files import BLOCKS
 from midi3d_lora.lora_choice import block_problems
@@ -190,7 +191,7 @@ def _content(
     before, merged = own_state(transformer), merged_state_dict(transformer)
     if dtype == "keep":
         weights = official.find_weights(base.transformer, base.variant)
-        held = official.read_weights(weights, device="meta")
+        held = read_weights(weights, device="meta")
         merged = {name: tensor.to(held[name].dtype) for name, tensor in merged.items()}
     changed = sum(not torch.equal(t, before[name].to(t.dtype)) for name, t in merged.items())
     return merged, changed, any(t.itemsize < 4 for t in merged.values())
@@ -229,7 +230,7 @@ def _verified(
         NumericError: other values than were meant, or other outputs than the live one's.
     """
     weights = official.find_weights(folder)
-    dtypes = {name: t.dtype for name, t in official.read_weights(weights, device="meta").items()}
+    dtypes = {name: t.dtype for name, t in read_weights(weights, device="meta").items()}
     if dtypes != {name: tensor.dtype for name, tensor in tensors.items()}:
         raise NumericError(f"{folder}: read back with other dtypes than were written")
     other = TripoSGDiTModel.from_pretrained(folder)  # in float32, which holds every half exactly

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from lora_core import base_file
 from lora_core.errors import CheckpointError, ConfigError, listing, near
+from lora_core.weight_files import WeightFiles, find_shards
 
 MODELS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 ENCODERS = {"image_encoder_1": "model", "image_encoder_2": "model"}
@@ -36,26 +34,6 @@ _WHERE_TO_GET = (
     ". Download the model repository VAST-AI/MIDI-3D, for example with `hf download "
     "VAST-AI/MIDI-3D --local-dir pretrained_weights/MIDI-3D`, or pass the folder that holds it"
 )
-
-
-@dataclass(frozen=True)
-class WeightFiles:
-    """Where a sub-folder keeps its tensors.
-
-    Attributes:
-        files: one, or the shards.
-        variant: part of the files' names, as "fp16"; None: they have none.
-        index: of shards, tensor name -> file name.
-    """
-
-    files: tuple[Path, ...]
-    variant: str | None = None
-    index: Mapping[str, str] | None = None
-
-    @property
-    def safetensors(self) -> bool:
-        """Whether they are safetensors files; otherwise `.bin` files of torch."""
-        return self.files[0].suffix == ".safetensors"
 
 
 # -- the directory -------------------------------------------------------------------------------
@@ -129,27 +107,10 @@ def _with_variant(folder: Path, variant: str | None, stem: str) -> WeightFiles |
         # diffusers wrote the second form before 2025.
         for middle in (f"{suffix}.index{dotted}", f"{suffix}{dotted}.index"):
             if (index := folder / f"{name}{middle}.json").is_file():
-                return _shards(index, variant)
+                return find_shards(index, variant)
         if (single := folder / f"{name}{dotted}{suffix}").is_file():
             return WeightFiles((single,), variant)
     return None
-
-
-def _shards(index: Path, variant: str | None) -> WeightFiles:
-    places = base_file.read_settings(index).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise CheckpointError(f"{index} has no weight_map: copy or download it again")
-    names = sorted({str(name) for name in places.values()})
-    outside = [name for name in names if Path(name).name != name or "\\" in name]
-    if outside:
-        raise CheckpointError(f"{index} names files of other folders: {base_file.some(outside)}")
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing:
-        raise CheckpointError(
-            f"{index.parent}: {len(missing)} of {len(names)} shards are missing: "
-            f"{base_file.some(missing)}"
-        )
-    return WeightFiles(tuple(index.parent / name for name in names), variant, places)
 
 
 def _variants(folder: Path, stem: str) -> list[str]:
@@ -162,38 +123,6 @@ def _variants(folder: Path, stem: str) -> list[str]:
     )
     entries = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     return sorted({m[1] for name in entries for form in forms if (m := re.fullmatch(form, name))})
-
-
-def read_weights(found: WeightFiles, device: str = "cpu") -> dict[str, Tensor]:
-    """The tensors of all files.
-
-    Args:
-        device: "cpu", or "meta": names, shapes and dtypes only, without reading the values.
-
-    Raises:
-        CheckpointError: a file is damaged or holds more than tensors; a tensor is in two shards, or
-            in another than the list of shards says.
-    """
-    tensors: dict[str, Tensor] = {}
-    places: dict[str, str] = {}
-    for path in found.files:
-        content, _ = base_file.read_tensors(path, device)
-        twice = [name for name in content if name in tensors]
-        if twice:
-            raise CheckpointError(
-                f"{path} and {places[twice[0]]} both have {base_file.some(twice)}"
-            )
-        tensors |= content
-        places |= dict.fromkeys(content, path.name)
-    if found.index is not None:
-        listed = {str(name): str(place) for name, place in found.index.items()}
-        wrong = sorted({name for name, _ in listed.items() ^ places.items()})
-        if wrong:
-            raise CheckpointError(
-                f"{found.files[0].parent}: the list of shards and the shards differ in "
-                f"{len(wrong)} tensors: {base_file.some(wrong)}"
-            )
-    return tensors
 
 
 def read_config(

@@ -12,6 +12,7 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from lora_core import base_file, injection
 from lora_core.errors import CheckpointError, ConfigError
+from lora_core.weight_files import WeightFiles, read_weights
 from midi3d_lora import official
 
 
@@ -92,7 +93,7 @@ def load_component(
 
 def check_folder(
     model_class: type[OfficialModel], folder: Path, variant: str | None = None
-) -> official.WeightFiles:
+) -> WeightFiles:
     """Compare the settings and tensors of a sub-folder with a class, without reading any values.
 
     Raises:
@@ -106,7 +107,7 @@ def check_folder(
     except ConfigError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     found = official.find_weights(folder, variant)
-    tensors = official.read_weights(found, device="meta")
+    tensors = read_weights(found, device="meta")
     base_file.refuse_misfit(
         found.files[0] if found.index is None else folder,
         f"the {model_class.__name__} of {folder / 'config.json'}",

@@ -169,7 +169,7 @@ def arguments(cfg: Config, folder: str | Path, device: torch.device) -> Training
         steps=cfg.steps,
         batch_size=cfg.batch_size,
         gradient_accumulation_steps=cfg.gradient_accumulation_steps,
-        warmup_steps=cfg.warmup_steps,
+        warmup_steps=min(cfg.warmup_steps, cfg.steps // 10),
         max_grad_norm=cfg.max_grad_norm,
         log_steps=cfg.log_steps,
         eval_steps=cfg.eval_steps,

@@ -146,7 +146,7 @@ def fitted(
         precision=precision,
         auto=cfg.auto_batch and not cfg.resume,
         advice=advice(cfg),
-        section="training.",
+        settings=("training.batch_size", "training.gradient_accumulation_steps"),
     )
     training = replace(
         cfg.training, batch_size=batch_size, gradient_accumulation_steps=accumulation

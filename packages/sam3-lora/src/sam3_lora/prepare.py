@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Literal
 
 from lora_core.config import option, parse
 from lora_core.data_file import new_tree
-from lora_core.errors import ConfigError, DataError, one_line, printable
+from lora_core.errors import ConfigError, DataError, printable
 from lora_core.preflight import writable
+from lora_core.prepared_folder import MARK, check_output
 from lora_core.report import say, table
 from lora_core.validate import REPORT, Bad, samples, stop_or_skip, write_report
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from sam3_lora.formats.annotated import Part
 
 TEXT = "Turn a YOLO, Pascal VOC, LVIS, COCO or mask data set into the folder that training reads."
-MARK = "prepared.json"  # says that a folder was made here
 SPLITTABLE = ("yolo", "voc", "masks")  # whose splits share their classes
 
 
@@ -123,20 +123,20 @@ def prepare(options: Options) -> list[tuple[object, ...]]:
     Raises:
         DataError: no data, faults in it (all together), or an output that must not be replaced.
     """
-    from sam3_lora.formats.division import numbered
+    from sam3_lora.formats.numbering import numbered
 
     output = Path(options.output).absolute()
-    check_output(output, options)
+    refuse_foreign(output, options)
     found = read_all(options)
     sides, numbers = divided(found, options), numbered(found.parts)
     rows = [_row(split, part, found) for split, part in sides.items()]
     with new_tree(output) as tree:
         _write_tree(tree, sides, numbers, found, options)
-        check_output(output, options)  # again: writing takes its time
+        refuse_foreign(output, options)  # again: writing takes its time
     return rows
 
 
-def check_output(output: Path, options: Options) -> None:
+def refuse_foreign(output: Path, options: Options) -> None:
     """Never delete what was not made here.
 
     Raises:
@@ -144,24 +144,7 @@ def check_output(output: Path, options: Options) -> None:
     """
     from sam3_lora.layout import FOLDERS, strangers
 
-    place = printable(output)
-    if not output.exists() and not output.is_symlink():
-        return
-    if not options.overwrite:
-        raise DataError(f"{place} exists: add --overwrite, or choose another --output")
-    if output.is_symlink() or not output.is_dir():
-        raise DataError(f"{place} is no folder, and is not replaced: choose another --output")
-    if Path(options.source).resolve().is_relative_to(output.resolve()):
-        raise DataError(f"{place} holds the --source: choose another --output")
-    names = {path.name for path in output.iterdir()}
-    strange = sorted(names - {*FOLDERS.values(), MARK, REPORT})
-    if names and MARK not in names and not strange:
-        raise DataError(f"{place} was not made by prepare, and is not replaced: remove it first")
-    for name in names & set(FOLDERS.values()) if not strange else ():
-        strange += [str(path.relative_to(output)) for path in strangers(output / name)]
-    if strange:
-        what = one_line(strange[0])
-        raise DataError(f"{place} holds {what!r}, which is not replaced: remove it first")
+    check_output(output, options.source, FOLDERS.values(), options.overwrite, strangers)
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -248,7 +231,7 @@ def _with_all_classes(parts: Mapping[str, Part], form: str) -> dict[str, Part]:
     own: what nobody looked for is not known to be absent."""
     if form not in SPLITTABLE:
         return dict(parts)
-    from sam3_lora.formats.division import numbered
+    from sam3_lora.formats.numbering import numbered
 
     every = numbered(parts)
     if form == "voc":  # whose splits numbered what each of them has
@@ -265,8 +248,8 @@ def divided(found: Found, options: Options) -> dict[str, Part]:
     Raises:
         DataError: a split that training refuses, because it has no pictures or objects.
     """
+    from lora_core.pictures.division import split_by_name
     from lora_core.pictures.survey import remarks
-    from sam3_lora.formats.division import split_by_name
 
     sides = dict(found.parts)
     if "all" in sides:

@@ -210,16 +210,16 @@ def arguments(cfg: Config, run: EpochRun, updates: int, device: torch.device) ->
     """
     from lora_core.training.arguments import training_arguments
 
-    training = cfg.training
+    training, total = cfg.training, updates * cfg.training.max_epochs
     saves = {"save_steps": updates * cfg.checkpoint.save_freq}
     return training_arguments(
         run.state,
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
-        steps=updates * training.max_epochs,
+        steps=total,
         batch_size=training.batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
-        warmup_steps=training.warmup_steps,
+        warmup_steps=min(training.warmup_steps, total // 10),
         max_grad_norm=training.max_grad_norm,
         log_steps=cfg.logging.log_steps,
         eval_steps=updates * training.val_epoch_freq,

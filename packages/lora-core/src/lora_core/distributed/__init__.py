@@ -140,7 +140,7 @@ def _blame(watch: Watch, error: BaseException) -> RankError | None:
             watch.rank,
             2,
             f"rank {watch.rank} waited in vain in a collective operation ({own.message}). "
-            f"{watch.places()}. Find out what kept them; --trainer.ddp_timeout is the limit",
+            f"{watch.places()}. Find out what kept them; ddp_timeout is the limit",
             lost=True,
         )
     failure = watch.publish(own)

@@ -91,14 +91,16 @@ def training_arguments(
     precision: str = "auto",
     device: torch.device | str = "auto",
     trainer: dict[str, Any] | None = None,
+    section: str = "trainer.",
 ) -> TrainingArguments:
     """Build TrainingArguments from plain settings, and the rest from `--trainer.NAME value`.
 
     Args:
         steps, epochs: the length of the training, in optimizer updates or in passes; one of them.
-        warmup_steps: updates of linear warm-up; at most a tenth of `steps` is used.
+        warmup_steps: updates of linear warm-up.
         eval_steps: updates between evaluations and, by default, checkpoints; None: at the end.
         trainer: further fields of TrainingArguments, by name.
+        section: what stands before these names in messages.
 
     Raises:
         ConfigError: an unknown field, one that is set here, or one that cannot work, and why.
@@ -126,7 +128,7 @@ def training_arguments(
         "gradient_accumulation_steps": gradient_accumulation_steps,
         "learning_rate": learning_rate,
         "weight_decay": weight_decay,
-        "warmup_steps": warmup_steps if steps is None else min(warmup_steps, steps // 10),
+        "warmup_steps": warmup_steps,
         "max_grad_norm": max_grad_norm,
         "seed": seed,
         "logging_steps": log_steps,
@@ -147,7 +149,7 @@ def training_arguments(
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,
     }
-    settings |= check_extra(trainer or {}, device)
+    settings |= check_extra(trainer or {}, device, section=section)
     check_environment(device, chosen, bool(settings.get("torch_compile")))
     distributed.join(device, settings["ddp_timeout"])
     return _build(settings)
@@ -183,12 +185,13 @@ def check_device(
     extra: Mapping[str, Any],
     metrics: Sequence[str] = (),
     dry_run: bool = False,
+    section: str = "trainer.",
 ) -> None:
     """Check what a command asks of its device, before data and weights, and without waking a GPU.
 
     Args:
         device, precision: as for `choose_device` and `choose_precision`.
-        extra, metrics: as for `check_extra`.
+        extra, metrics, section: as for `check_extra`.
         dry_run: the device need not be there: the run itself may be done elsewhere.
 
     Raises:
@@ -199,7 +202,7 @@ def check_device(
     found = torch.device("cuda") if elsewhere else choose_device(device)
     chosen = choose_precision(precision, found) if found.type == "cpu" else precision
     check_environment(found, chosen, "torch_compile" in extra)
-    check_extra(extra, found, metrics)
+    check_extra(extra, found, metrics, section)
 
 
 def _build(settings: dict[str, Any]) -> TrainingArguments:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +18,17 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
-def check_samples(train_set: Any, args: TrainingArguments) -> None:
+def check_samples(train_set: Any, args: TrainingArguments, order: Sized) -> None:
     needed = args.per_device_train_batch_size * args.world_size if args.dataloader_drop_last else 1
     if len(train_set) < needed:
         raise DataError(
             f"0 batches per epoch: {len(train_set)} training samples make no batch, at least "
             f"{needed} are needed: add samples, or lower the batch size"
+        )
+    if len(order) != len(train_set):
+        raise ConfigError(
+            f"the order has {len(order)} indices and there are {len(train_set)} training samples: "
+            "an epoch shows each sample once"
         )
 
 

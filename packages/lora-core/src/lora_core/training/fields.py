@@ -98,7 +98,7 @@ REFUSED = {
 LAUNCHER = {
     "ACCELERATE_MIXED_PRECISION": "the command's precision setting decides; start with "
     "--mixed_precision no, or with torchrun",
-    "ACCELERATE_DYNAMO_BACKEND": "use --trainer.torch_compile true, and start with "
+    "ACCELERATE_DYNAMO_BACKEND": "set torch_compile for the run, and start with "
     "--dynamo_backend no, or with torchrun",
     "ACCELERATE_USE_CPU": "the command's device setting decides; use it instead",
     "ACCELERATE_USE_DEEPSPEED": REFUSED["deepspeed"],
@@ -109,12 +109,16 @@ LAUNCHER = {
 
 
 def check_extra(
-    extra: Mapping[str, Any], device: torch.device, metrics: Sequence[str] = ()
+    extra: Mapping[str, Any],
+    device: torch.device,
+    metrics: Sequence[str] = (),
+    section: str = "trainer.",
 ) -> dict[str, Any]:
     """Check the names and types of `--trainer.NAME value`, and give the values in their types.
 
     Args:
         metrics: names of what the package measures, the first of which the best follows.
+        section: what stands before the names on the command line, for messages.
 
     Raises:
         ConfigError: all of them that are unknown, set elsewhere, or cannot work on this device.
@@ -127,7 +131,7 @@ def check_extra(
     checked: dict[str, Any] = {}
     problems: list[str] = []
     for name, value in extra.items():
-        place = f"--trainer.{name}"
+        place = f"--{section}{name}"
         if name in SET_BY_US or name in REFUSED:
             measured = f" ({', '.join(metrics)})" if "first metric" in REFUSED.get(name, "") else ""
             why = f"{(SET_BY_US | REFUSED)[name]}{measured if metrics else ''}"
@@ -147,7 +151,7 @@ def check_extra(
             problems.append(f"{place} {value}: a resumed run could not continue it exactly")
         else:
             try:
-                checked[name] = _typed(hints[name], value, place)
+                checked[name] = _typed(hints[name], value, place, _choices(name))
             except ConfigError as error:
                 problems.append(str(error))
     if problems:
@@ -157,7 +161,10 @@ def check_extra(
 
         given = {name: checked[name] for name in checked if name.startswith("optim")}
         probe = {"output_dir": "nowhere", "use_cpu": True, "report_to": "none", **given}
-        optimizer_of(TrainingArguments(**probe))
+        try:
+            optimizer_of(TrainingArguments(**probe))
+        except ConfigError as error:
+            raise ConfigError(f"--{section}{error}") from error
     return checked
 
 
@@ -187,11 +194,11 @@ def check_environment(device: torch.device, precision: str, compiled: bool = Fal
         raise ConfigError(listing(problems))
 
 
-def _typed(hint: Any, value: Any, place: str) -> Any:
+def _typed(hint: Any, value: Any, place: str, choices: Sequence[str]) -> Any:
     """Check a value where its type is a plain one: the dataclass itself checks nothing."""
     plain = {bool, int, float, str, type(None)}
     kinds = config_types.kinds(hint)
-    names = _choices(place) or [
+    names = choices or [
         str(item.value)
         for kind in kinds
         if isinstance(kind, type) and issubclass(kind, Enum)
@@ -205,13 +212,13 @@ def _typed(hint: Any, value: Any, place: str) -> Any:
     return value
 
 
-def _choices(place: str) -> list[str]:
+def _choices(name: str) -> list[str]:
     """The values of those fields that are text to the dataclass, and a choice to what reads it."""
-    if place in ("--trainer.log_level", "--trainer.log_level_replica"):
+    if name in ("log_level", "log_level_replica"):
         from transformers.training_args import trainer_log_levels
 
         return list(trainer_log_levels)
-    if place == "--trainer.torch_compile_backend":
+    if name == "torch_compile_backend":
         from accelerate.utils import DynamoBackend
 
         return [backend.value.lower() for backend in DynamoBackend]

@@ -104,5 +104,5 @@ def check_scale(scaler: Any, step: int) -> None:
     if scale < SMALLEST_SCALE:
         raise NumericError(
             f"step {step}: the fp16 gradients overflow even when scaled by {scale:.1e}, so no "
-            "update can be done: use --precision bf16 or fp32, or lower the learning rate"
+            "update can be done: compute in bf16 or fp32, or lower the learning rate"
         )

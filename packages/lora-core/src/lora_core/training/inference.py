@@ -12,7 +12,7 @@ from lora_core.training.arguments import choose_precision
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """Mixed precision for `--precision`: auto is bf16 or fp16 on a GPU, and fp32 on the CPU.
+    """Mixed precision for a setting: auto is bf16 or fp16 on a GPU, and fp32 on the CPU.
 
     Raises:
         ConfigError: this device cannot compute in that precision.

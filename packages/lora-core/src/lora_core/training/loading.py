@@ -175,7 +175,7 @@ def _how(description: str) -> str:
 
 def _remedy(description: str) -> str:
     """What to do, by how the C library describes the signal ("Killed", "Bus error")."""
-    workers = "use fewer worker processes (--num_workers) or"
+    workers = "use fewer worker processes or"
     if description.strip() == signal.strsignal(signal.SIGBUS):
         return f"/dev/shm is too small, as in containers: {workers} start with --shm-size 8g"
     if description.strip() == signal.strsignal(signal.SIGSEGV):

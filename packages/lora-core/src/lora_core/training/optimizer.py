@@ -18,15 +18,15 @@ from lora_core.training.schedule import lr_factor
 
 @contextmanager
 def settings_of(names: str) -> Iterator[None]:
-    """What torch refuses when it is given `--trainer.NAME value`, as a fault of the settings."""
+    """What torch refuses of fields of TrainingArguments, as a fault of the settings."""
     try:
         yield
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"--trainer.{names} do not go together: {error}") from error
+        raise ConfigError(f"{names} do not go together: {error}") from error
 
 
 def optimizer_of(args: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    """Class and settings of `--trainer.optim`.
+    """Class and settings of the field `optim`.
 
     Raises:
         ConfigError: it is not installed, settings that it does not know, or one that is not made
@@ -36,18 +36,18 @@ def optimizer_of(args: TrainingArguments) -> tuple[type[torch.optim.Optimizer], 
         with settings_of("optim, optim_args and adam_..."):
             cls, settings = Trainer.get_optimizer_cls_and_kwargs(args)
     except ImportError as error:
-        raise ConfigError(f"--trainer.optim {args.optim}: {error}") from error
+        raise ConfigError(f"optim {args.optim}: {error}") from error
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)) or (
         settings.keys() & {"params", "model", "optimizer_dict"}
     ):
-        raise ConfigError(f"--trainer.optim {args.optim} does not train adapters only")
+        raise ConfigError(f"optim {args.optim} does not train adapters only")
     return cls, settings
 
 
 def create_optimizer(
     network: nn.Module, args: TrainingArguments, b_lr_ratio: float = 1.0
 ) -> torch.optim.Optimizer:
-    """AdamW, or `--trainer.optim`, on the parameter groups of the adapters.
+    """AdamW, or what the field `optim` names, on the parameter groups of the adapters.
 
     Raises:
         ConfigError: see `optimizer_of`.

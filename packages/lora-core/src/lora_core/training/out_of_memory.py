@@ -136,7 +136,7 @@ def fit_batch(
     precision: str = "fp32",
     auto: bool = False,
     advice: Advice | None = None,
-    section: str = "",
+    settings: tuple[str, str] = ("batch_size", "gradient_accumulation_steps"),
 ) -> tuple[int, int]:
     """Try the largest batch of a run before its first step: memory runs out now or never.
 
@@ -146,7 +146,7 @@ def fit_batch(
     Args:
         make: number of samples -> a batch of the largest of them.
         auto: take a part of the batch and as many more accumulation steps when memory runs out.
-        section: what stands before the names of the settings, such as "training.".
+        settings: what the package calls batch size and accumulation, for the message.
 
     Returns:
         batch size and accumulation steps; their product is as it was.
@@ -173,8 +173,8 @@ def fit_batch(
     if batch_size < wanted:
         say(
             f"--auto_batch: memory holds {batch_size} of {wanted} samples, so "
-            f"--{section}batch_size {batch_size} and --{section}gradient_accumulation_steps "
-            f"{accumulation} make updates of as many samples"
+            f"--{settings[0]} {batch_size} and --{settings[1]} {accumulation} "
+            "make updates of as many samples"
         )
     return batch_size, accumulation
 

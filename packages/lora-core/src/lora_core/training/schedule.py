@@ -12,7 +12,11 @@ FLOOR = 0.01  # of the peak learning rate, where the cosine ends
 
 
 class EpochSampler(Sampler[int]):
-    """All indices in an order that is a function of (seed, epoch) alone."""
+    """All indices in an order that is a function of (seed, epoch) alone.
+
+    Another order is a subclass with its own `__iter__`, see `LoraTrainer(order=...)`. It may look
+    at nothing but seed, epoch and what it was made with: a resumed run asks for it again.
+    """
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.seed, self.epoch = size, seed, 0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.errors import CheckpointError
+from lora_core.weight_files import read_weights
 from midi3d_lora.conditioning.encoder_folder import (
     IMAGES_AT_ONCE,
     build_encoder,
@@ -17,7 +18,7 @@ from midi3d_lora.conditioning.encoder_folder import (
 )
 from midi3d_lora.conditioning.pictures import ScenePictures
 from midi3d_lora.conditioning.pixel_values import PictureSettings, mask_values, pixel_values
-from midi3d_lora.official import find_weights, read_weights
+from midi3d_lora.official import find_weights
 
 FOLDER = "image_encoder_2"
 PROCESSOR_FOLDER, PROCESSOR = "feature_extractor_2", "BitImageProcessor"
