@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from lora_core import LoraConfig, inject, remade
 from lora_core.memory import saved_bytes
 
-N, C = 64, 32
+N, C, R = 64, 32, 4
 
 
 def windows(x):
@@ -77,7 +77,7 @@ class Layer(nn.Module):
 def layer(produce, dropout=0.0, dtype=torch.float32):
     torch.manual_seed(0)
     model = Layer(produce).to(dtype)
-    inject(model, LoraConfig(["second"], r=4, lora_alpha=8, lora_dropout=dropout))
+    inject(model, LoraConfig(["second"], r=R, lora_alpha=8, lora_dropout=dropout))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter)
@@ -124,7 +124,8 @@ def test_an_input_that_can_be_made_again_is_not_kept_and_gradients_are_the_same(
     x, known = batch(), [*model.parameters()]
     kept, _ = saved_bytes(lambda: model(x), known)
     alone, _ = saved_bytes(lambda: model.produce(model, model.first(x)), known)
-    assert kept == alone
+    h = N * R * x.element_size() if dropout else 0  # without a mask it is made again, too
+    assert kept == alone + h
 
 
 @pytest.mark.parametrize("name", KEPT)

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 CPU_BLOCK = 1 << 17  # elements per block: mask and rows stay in the cache of one core
+CPU_ROWS = 128  # at least, as products of fewer rows are slow
 DEVICE_BLOCK = 1 << 25  # elements per block elsewhere: few launches, bounded transient memory
 
 
@@ -51,8 +52,8 @@ def random_bits(
     generator = torch.Generator(device=device).manual_seed(seed)
     # Without values nothing is computed, and each operation takes equally long.
     real_cpu = device.type == "cpu" and detect_fake_mode() is None
-    block = CPU_BLOCK if real_cpu else DEVICE_BLOCK
-    step = max(1, block // max(1, columns))
+    block, fewest = (CPU_BLOCK, CPU_ROWS) if real_cpu else (DEVICE_BLOCK, 1)
+    step = max(fewest, block // max(1, columns))
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         count = (stop - start) * columns
@@ -104,10 +105,18 @@ def dropped_product_backward(
         dA = A.new_zeros(A.shape, dtype=torch.promote_types(A.dtype, torch.float32))
     for rows, bits in random_bits(seed, dh.shape[0], A.shape[1], dh.device):
         if dA is not None and x is not None:
-            dA += dh[rows].t() @ kept(x[rows], bits, p)
+            accumulate(dA, dh[rows].t(), kept(x[rows], bits, p))
         if dx is not None:
             dx[rows].add_(kept(dh[rows] @ A, bits, p))  # `dx[rows] +=` would copy them once more
     return dA
+
+
+def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """`total += a b` in place, in total's dtype: that of a and b, or a wider one."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
 
 
 class _SeededDropout(torch.autograd.Function):

@@ -2,9 +2,9 @@
 
 The gradient of A needs the layer's input x. Where x comes from a normalisation or an activation,
 autograd keeps what that was computed from, for its own backward pass: from this x is made again, in
-about the time of one element-wise operation, and need not be kept beside it; nor need h = A x, the
-narrow product. Frozen factors, other dtypes, rows that were picked out, views and permutations in
-between are followed: RMSNorm is such a chain.
+about the time of one element-wise operation, and need not be kept beside it. Frozen factors, other
+dtypes, rows that were picked out, views and permutations in between are followed: RMSNorm is such a
+chain.
 
 The graph is read through `_saved_*` and `_raw_saved_*` of its nodes, which torch's notes on
 autograd describe, and their `_input_metadata`. What hooks have taken, as activation checkpointing

@@ -1,0 +1,204 @@
+"""The adapted Linear with its own backward pass, in the cheaper of two ways.
+
+- *low-rank*: `y = x W^T + b`, then `s h B^T` is added in place, as `dh A` is to dx.
+- *merged*: with many rows and no dropout, `y = x W'^T + b` and `dx = g W'` with `W' = W + s B A`,
+  which is built in both passes and not kept: no more passes over y and dx. h is made again.
+
+Both keep x at most, or what it can be made from again, and give the same numbers but for rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from lora_core import dropout, remade
+from lora_core.branch import Branch, compute_dtype
+from lora_core.weights import blocks, without_autocast
+
+# Rows per di do / (di + do), which weighs the passes that are saved against those over W. Measured
+# on CPUs (docs/benchmarks.md); other devices take the low-rank way.
+MERGED_FROM = 8.0
+EXACT = (torch.float32, torch.float64)  # a narrower W' would round small updates away
+
+
+class LoraLinear(torch.autograd.Function):
+    """`functional.lora_linear`; factors are A and B of each branch in turn.
+
+    With `dh = s g B`:  dB = s g^T h,  dA = dh^T D(x),  dx = g W + D'(dh A),  db = sum g, where D'
+    is the mask of D over q. Sums are made in place in buffers of this function, never in x or g,
+    which others may still read.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        branches: Sequence[Branch],
+        seeds: Sequence[int],
+        *factors: Tensor,
+    ) -> Tensor:
+        ctx.branches, ctx.seeds, ctx.dtype = branches, seeds, compute_dtype(x, weight)
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        x_rows = _as_rows(x, ctx.dtype)
+        # It makes h again from x, which is kept only where A trains.
+        ctx.merged = all(ctx.needs_input_grad[5::2]) and merges(x_rows, weight, branches)
+        needs_x = ctx.needs_input_grad[1] or any(ctx.needs_input_grad[5::2])
+        ctx.remake_x = remade.recipe(x) if needs_x else None
+        saved_h: list[Tensor | None] = [None] * len(branches)
+        if ctx.merged:
+            y = F.linear(x, _merged_weight(weight, branches, factors, ctx.dtype), bias).contiguous()
+        else:
+            y = F.linear(x, weight, bias).contiguous()
+            y_rows = y.view(-1, y.shape[-1])
+            for i, (branch, seed) in enumerate(zip(branches, seeds, strict=True)):
+                h = _down(x_rows, factors[2 * i].to(ctx.dtype), branch, seed)
+                B = factors[2 * i + 1].to(ctx.dtype)
+                for h_part, out, b_rows in blocks(branch.rows, B.shape[1], y.shape[-1]):
+                    y_rows[:, out].addmm_(h[:, h_part], B[b_rows].t(), alpha=branch.scale)
+                # Making h again, too, is one narrow product, but with dropout also the mask's work.
+                spared = ctx.remake_x is not None and not branch.dropout
+                if ctx.needs_input_grad[5 + 2 * i + 1] and not spared:
+                    saved_h[i] = h
+        keeps_x = needs_x and ctx.remake_x is None
+        ctx.save_for_backward(x if keeps_x else None, weight, *factors, *saved_h)
+        # torch makes y of three and more axes as a view, and autograd refuses to change a view that
+        # a custom function returns in place, as `nn.ReLU(inplace=True)` behind the layer would.
+        return torch.ops.aten._unsafe_view(y, y.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        # Everything has its dtype already; a caller's autocast must not change it half-way.
+        with without_autocast(g.device):
+            return _backward(ctx, g)
+
+
+def merges(x: Tensor, weight: Tensor, branches: Sequence[Branch]) -> bool:
+    """Whether *merged* is the cheapest way for x (N, di), in the dtype of the computation."""
+    di, do = x.shape[1], weight.shape[0]
+    return (
+        x.device.type == "cpu"
+        and x.dtype in EXACT
+        and not any(branch.dropout for branch in branches)
+        and x.shape[0] * (di + do) >= MERGED_FROM * di * do
+    )
+
+
+def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, *rest = ctx.saved_tensors
+    if ctx.remake_x is not None:
+        x = ctx.remake_x()
+    needs_x, needs_weight, needs_bias, _, _, *needs_factor = ctx.needs_input_grad
+    factors, saved_h = rest[: len(needs_factor)], rest[len(needs_factor) :]
+    g_rows = _as_rows(g, ctx.dtype)
+    x_rows = None if x is None else _as_rows(x, ctx.dtype)
+    dx = g_rows @ _base_weight(ctx, weight, factors) if needs_x else None
+    grads = _factor_gradients(ctx, g_rows, x_rows, dx, factors, saved_h)
+    dW = g_rows.t() @ x_rows if needs_weight and x_rows is not None else None
+    db = g_rows.sum(0).to(ctx.bias_dtype) if needs_bias else None
+    dx = None if dx is None else dx.view(ctx.x_shape).to(ctx.x_dtype)
+    return (dx, _like(dW, weight), db, None, None, *grads)
+
+
+def _base_weight(ctx: Any, weight: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """What g is multiplied with for dx: W, or W' where that is all of dx."""
+    if ctx.merged:
+        return _merged_weight(weight, ctx.branches, factors, ctx.dtype)
+    return weight.to(ctx.dtype)
+
+
+def _factor_gradients(
+    ctx: Any,
+    g: Tensor,
+    x: Tensor | None,
+    dx: Tensor | None,
+    factors: Sequence[Tensor],
+    saved_h: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """dA and dB of each branch in turn; adds to dx, unless that came from W'."""
+    rest = None if ctx.merged else dx
+    grads: list[Tensor | None] = []
+    for i, (branch, seed) in enumerate(zip(ctx.branches, ctx.seeds, strict=True)):
+        A, B = factors[2 * i], factors[2 * i + 1]
+        needs_A, needs_B = ctx.needs_input_grad[5 + 2 * i : 7 + 2 * i]
+        dA = dB = None
+        if needs_A or rest is not None:
+            dh = _down_gradient(g, B.to(ctx.dtype), branch)
+            dA = _input_side(dh, x if needs_A else None, A.to(ctx.dtype), rest, branch, seed)
+        if needs_B:
+            h = saved_h[i]
+            if h is None:
+                assert x is not None
+                h = _down(x, A.to(ctx.dtype), branch, seed)
+            dB = _up_gradient(g, h, branch)
+        grads += [_like(dA, A), _like(dB, B)]
+    return grads
+
+
+# -- the parts -------------------------------------------------------------------------------------
+
+
+def _down(x: Tensor, A: Tensor, branch: Branch, seed: int) -> Tensor:
+    """`h = D(x) A^T`: (N, di) -> (N, k r)."""
+    if branch.dropout:
+        return dropout.dropped_product(x, A, branch.dropout, seed)
+    return x @ A.t()
+
+
+def _down_gradient(g: Tensor, B: Tensor, branch: Branch) -> Tensor:
+    """`dh = s g B`, block by block: g (N, do) -> (N, k r)."""
+    dh = g.new_empty(branch.A.shape[0], g.shape[0])  # transposed, see `_up_gradient`
+    for h_part, out, b_rows in blocks(branch.rows, B.shape[1], g.shape[1]):
+        torch.mm(B[b_rows].t(), g[:, out].t(), out=dh[h_part])
+    return dh.mul_(branch.scale).t()
+
+
+def _up_gradient(g: Tensor, h: Tensor, branch: Branch) -> Tensor:
+    """`dB = s g^T h`, block by block: (rows_1 + .. + rows_k, r).
+
+    Computed as (h^T g)^T: on the CPU the narrow matrix in front makes it several times faster.
+    """
+    parts = [
+        (h[:, h_part].t() @ g[:, out]).t()
+        for h_part, out, _ in blocks(branch.rows, branch.B.shape[1], g.shape[1])
+    ]
+    return torch.cat(parts).mul_(branch.scale)
+
+
+def _input_side(
+    dh: Tensor, x: Tensor | None, A: Tensor, dx: Tensor | None, branch: Branch, seed: int
+) -> Tensor | None:
+    """Add `D'(dh A)` to dx in place and give `dA = dh^T D(x)`; None where not asked for."""
+    if branch.dropout:
+        return dropout.dropped_product_backward(dh, x, A, dx, branch.dropout, seed)
+    if dx is not None:
+        dx.addmm_(dh, A)
+    return None if x is None else dh.t() @ x
+
+
+def _merged_weight(
+    weight: Tensor, branches: Sequence[Branch], factors: Sequence[Tensor], dtype: torch.dtype
+) -> Tensor:
+    """`W' = W + sum of s B A`, a new tensor (do, di)."""
+    merged = weight.to(dtype, copy=True)
+    for branch, A, B in zip(branches, factors[::2], factors[1::2], strict=True):
+        for of_A, out, of_B in blocks(branch.rows, B.shape[1], weight.shape[0]):
+            merged[out].addmm_(B[of_B].to(dtype), A[of_A].to(dtype), alpha=branch.scale)
+    return merged
+
+
+def _as_rows(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t.to(dtype).reshape(-1, t.shape[-1])
+
+
+def _like(grad: Tensor | None, parameter: Tensor) -> Tensor | None:
+    return None if grad is None else grad.to(parameter.dtype)

@@ -1,0 +1,114 @@
+"""The two ways of computing an adapted Linear: which one is taken, and that both are one."""
+
+import math
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from lora_core import fast_linear
+from lora_core.functional import Branch, lora_linear
+from lora_core.memory import saved_bytes
+
+SLICES = ((0, 3), (5, 6))
+N, DI, DO, R = 300, 5, 7, 2  # many rows for few inputs and outputs
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def merged(monkeypatch):
+    """How often a merged weight is built."""
+    built = []
+    original = fast_linear._merged_weight
+
+    def counted(*words):
+        built.append(words)
+        return original(*words)
+
+    monkeypatch.setattr(fast_linear, "_merged_weight", counted)
+    return built
+
+
+def layer(rows=None, dtype=torch.float64, factors=torch.float64):
+    """x, W, b, A, B, all with gradients but W."""
+    blocks = 1 if rows is None else len(rows)
+    width = DO if rows is None else sum(stop - start for start, stop in rows)
+    shapes = [(N, DI), (DO, DI), (DO,), (R * blocks, DI), (width, R)]
+    kinds = [dtype, dtype, dtype, factors, factors]
+    made = [torch.randn(*s, dtype=kind) for s, kind in zip(shapes, kinds, strict=True)]
+    return [t if i == 1 else t.requires_grad_() for i, t in enumerate(made)]
+
+
+def passes(tensors, rows=None, p=0.0, bias=True):
+    """The output and the gradients of x, b, A and B, those that are asked for."""
+    x, W, b, A, B = tensors
+    y = lora_linear(x, W, b if bias else None, [Branch(A, B, 0.7, rows, p, seed=11)])
+    asked = [t for t in (x, *([b] if bias else []), A, B) if t.requires_grad]
+    generator = torch.Generator().manual_seed(3)
+    g = torch.randn(y.shape, generator=generator, dtype=y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, asked, g)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [None, SLICES, ((4, 7), (0, 2))])
+@pytest.mark.parametrize("frozen", [None, 0, 4])  # nothing, x, B
+def test_the_merged_way_gives_what_the_low_rank_way_gives(
+    frozen, rows, bias, dtype, tolerance, merged, monkeypatch
+):
+    tensors = layer(rows, dtype, dtype)
+    if frozen is not None:
+        tensors[frozen].requires_grad_(False)
+    found = passes(tensors, rows, bias=bias)
+    assert len(merged) == (1 if frozen == 0 else 2)
+    monkeypatch.setattr(fast_linear, "MERGED_FROM", math.inf)
+    expected = passes(tensors, rows, bias=bias)
+    assert len(merged) == (1 if frozen == 0 else 2)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert (one - other).norm() <= tolerance * other.norm()
+
+
+def test_gradients_of_a_merged_pair_of_adapters(merged):
+    x, W, b, A, B = layer(SLICES)
+    A2, B2 = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, DI), (DO, 3)))
+
+    def run(x, b, A, B, A2, B2):
+        return lora_linear(x, W, b, [Branch(A, B, 0.7, SLICES), Branch(A2, B2, 1.3)])
+
+    assert gradcheck(run, (x[:48].detach().requires_grad_(), b, A, B, A2, B2))
+    assert merged
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_merged_way_keeps_x_alone(dtype):
+    x, W, b, A, B = layer(None, dtype, dtype)
+    kept, _ = saved_bytes(lambda: lora_linear(x, W, b, [Branch(A, B, 0.7)]), [W, b, A, B])
+    assert kept == x.numel() * x.element_size()
+
+
+def test_a_start_of_zero_changes_no_bit(merged):
+    x, W, b, A, _ = layer(None, torch.float32, torch.float32)
+    y = lora_linear(x, W, b, [Branch(A, torch.zeros(DO, R, requires_grad=True), 0.7)])
+    assert merged
+    assert torch.equal(y, torch.nn.functional.linear(x, W, b))
+
+
+@pytest.mark.parametrize(
+    ("rows", "p", "dtype", "trains_A"),
+    [
+        (3, 0.0, torch.float32, True),  # less work over x than over W
+        (N, 0.1, torch.float32, True),  # the base sees the clean x
+        (N, 0.0, torch.bfloat16, True),  # W' would round small updates away
+        (N, 0.0, torch.float32, False),  # h is kept in place of x
+    ],
+)
+def test_where_merging_does_not_pay_the_low_rank_way_is_taken(rows, p, dtype, trains_A, merged):
+    x, W, b, A, B = layer(None, dtype, torch.float32)
+    A.requires_grad_(trains_A)
+    passes([x[:rows].detach().requires_grad_(), W, b, A, B], p=p)
+    assert not merged
