@@ -1,5 +1,6 @@
 """LoRA's share of the gain that full fine-tuning reaches, on a package's embedded default.
 
+python tools/compare_full_finetuning.py isaac
 python tools/compare_full_finetuning.py midi3d
 python tools/compare_full_finetuning.py sam2 --output table.md
 python tools/compare_full_finetuning.py sam3 --runs runs.jsonl
@@ -28,7 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-PACKAGES = ("midi3d", "sam2", "sam3", "scenesplat")
+PACKAGES = ("isaac", "midi3d", "sam2", "sam3", "scenesplat")
 METHODS = ("LoRA", "full")
 ENOUGH = 5.0  # the full gain must be so many of its standard deviations over the seeds
 Figures = dict[str, float]

@@ -48,6 +48,7 @@ def _names() -> Iterator[str]:
     yield "\n## Other names, and those of earlier releases\n\n| name | |\n|---|---|"
     yield from (f"| `{name}` | the same as `{own}` |" for name, own in ALIASES.items())
     yield "| `warmup_ratio` | supported: `warmup_steps` as a share of all updates |"
+    yield "| `group_by_length` | supported: `train_sampling_strategy group_by_length` |"
     yield from _reasons(EARLIER)
 
 

@@ -9,6 +9,12 @@ from lora_core import verbs
 
 COMMANDS = {
     "prepare": "conversations from the boxes of a COCO data set",
+    "train": "train a LoRA on your conversations, with or without depth",
+    "find-lr": "a learning rate for your conversations, from a hundred updates",
+    "predict": "answers of base and adapter to questions about pictures, their tags drawn",
+    "evaluate": "loss and scores of answers of base, adapter and merged model",
+    "merge": "adapter and base as one model folder in the original layout",
+    "demo": "the whole way on a tiny model: LoRA without depth, with depth, with the wrong depth",
 }
 
 

@@ -17,6 +17,7 @@ from isaac_lora.lora_choice import names_of, target_problems
 from isaac_lora.training_flags import Schedule, TrainingFlags
 from lora_core.config import MAX_FLOAT, Bias, option
 from lora_core.guards import Guards, count_problem, unnamed
+from lora_core.settings.types import shown
 
 # Where things are on this machine: not part of what an adapter says about itself.
 PATHS = frozenset(
@@ -103,6 +104,13 @@ class Config(TrainingFlags, Guards):
     learning_rate: float = option(
         5e-5, "Peak learning rate; 1e-4 to 2e-4 are usual for LoRA.", "training"
     )
+    group_by_length: bool = option(
+        False, "Batches of conversations of similar length: less padding, another order.",
+        "training",
+    )  # fmt: skip
+    train_sampling_strategy: str = option(
+        "random", "group_by_length means the same; random: any order.", "training"
+    )
     lr_scheduler_type: Schedule = option("linear", "The learning rate over the run.", "training")
     warmup_steps: float = option(
         0, "Updates of linear warm-up, or below 1 their share of all updates.", "training"
@@ -186,6 +194,11 @@ class Config(TrainingFlags, Guards):
         return found | ({"report_to": reporters} if reporters else {})
 
     @property
+    def by_length(self) -> bool:
+        """Whether batches are made of conversations of similar length."""
+        return self.group_by_length or self.train_sampling_strategy == "group_by_length"
+
+    @property
     def reporters(self) -> list[str]:
         """The tools in `report_to`."""
         names = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
@@ -258,6 +271,11 @@ class Config(TrainingFlags, Guards):
 
     def _conflicts(self) -> Iterator[str]:
         """About settings that exclude each other."""
+        if self.train_sampling_strategy not in ("random", "group_by_length"):
+            yield (
+                f"--train_sampling_strategy {shown(self.train_sampling_strategy)}: the order is a "
+                "function of the seed and the epoch: random, or group_by_length"
+            )
         if self.fp16 and self.bf16:
             yield "--fp16 and --bf16 exclude each other: give one of them"
         if self.resume and self.resume_from_checkpoint not in (None, self.resume):

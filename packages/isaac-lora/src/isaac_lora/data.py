@@ -14,17 +14,20 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from isaac_lora.batches import collate_packed, collate_padded, num_label_tokens
+from isaac_lora.batches import (
+    OrderByLength,
+    collate_packed,
+    collate_padded,
+    num_label_tokens,
+)
 from isaac_lora.conversations.records import Conversation
 from isaac_lora.conversations.samples import Sample, with_pictures
 from isaac_lora.data_survey import Facts, example_of, folder_of, read_parts, settled
 from isaac_lora.examples import Example, Row, packed_rows, single_rows
-from isaac_lora.pictures.content import KnownPicture
 from lora_core.errors import DataError
 from lora_core.pictures.survey import digest_of, left_out
 from lora_core.report import plural, table
@@ -34,7 +37,7 @@ from lora_core.validate import Bad, Share, read_and_settle, samples
 
 if TYPE_CHECKING:
     from isaac_lora.config import Config
-    from isaac_lora.depth.depth_cache import DepthGrids
+    from isaac_lora.depth.controls import DepthSource
     from isaac_lora.processing import IsaacProcessor
     from isaac_lora.vision_cache import VisionFeatures
 
@@ -48,6 +51,7 @@ __all__ = [
     "largest_batch",
     "load",
     "num_label_tokens",
+    "order_of",
     "read_parts",
     "training_rows",
     "updates_per_epoch",
@@ -176,11 +180,37 @@ def training_rows(cfg: Config, splits: Splits) -> list[Row]:
 
 
 def updates_per_epoch(cfg: Config, rows: Sequence[Row]) -> int:
-    """Optimizer updates of one pass over the training, over all processes."""
+    """Optimizer updates of one pass over the training, over all processes.
+
+    Raises:
+        DataError: not one batch with `dataloader_drop_last`.
+    """
     from lora_core.distributed import world_size
 
-    batches = math.ceil(len(rows) / (cfg.per_device_train_batch_size * world_size()))
+    size = cfg.per_device_train_batch_size * world_size()
+    batches, rest = divmod(len(rows), size)
+    batches += bool(rest and not cfg.dataloader_drop_last)
+    if not batches:
+        raise DataError(
+            f"0 batches per epoch: {plural(len(rows), 'row')} of conversations, and "
+            f"--dataloader_drop_last leaves out a batch of fewer than {size}: lower "
+            "--per_device_train_batch_size, or leave --dataloader_drop_last out"
+        )
     return math.ceil(batches / cfg.gradient_accumulation_steps)
+
+
+def order_of(cfg: Config, rows: Sequence[Row]) -> OrderByLength | None:
+    """The order of an epoch where settings ask for another than a random one.
+
+    It is that of whole updates, whose batches are then of similar length, too, so that a resumed
+    run may divide an update among other numbers of processes and batches.
+    """
+    from lora_core.distributed import world_size
+
+    if not cfg.by_length:
+        return None
+    size = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * world_size()
+    return OrderByLength([row.tokens for row in rows], size, cfg.seed)
 
 
 # -- samples and batches ---------------------------------------------------------------------------
@@ -200,7 +230,7 @@ class TrainSet(EpochDataset[Row, list[dict[str, Any]]]):
         processor: IsaacProcessor,
         seed: int = 0,
         vision: VisionFeatures | None = None,
-        depth: DepthGrids | None = None,
+        depth: DepthSource | None = None,
     ) -> None:
         super().__init__(rows, seed)
         self.processor, self.vision, self.depth = processor, vision, depth
@@ -216,7 +246,7 @@ class TrainSet(EpochDataset[Row, list[dict[str, Any]]]):
     def sample(self, example: Example) -> dict[str, Any]:
         """Give {"key", "sample"}, and lists of parts for `VisionFeatures` and `DepthGrids`."""
         rules = self.processor.rules
-        pictures = [_read_once(picture) for picture in example.pictures(rules)]
+        pictures = [picture.once() for picture in example.pictures(rules)]
         sample = example.outline(self.processor)
         found: dict[str, Any] = {"key": example.key}
         if self.vision is not None:
@@ -226,11 +256,6 @@ class TrainSet(EpochDataset[Row, list[dict[str, Any]]]):
         if self.depth is not None:
             found["depth_parts"] = [self.depth.part(picture) for picture in pictures]
         return found | {"sample": sample}
-
-
-def _read_once(picture: KnownPicture) -> KnownPicture:
-    """The same picture, decoded when it is first read and kept for the second use."""
-    return KnownPicture(picture.name, picture.content, picture.grid, cache(picture.read))
 
 
 def collate(

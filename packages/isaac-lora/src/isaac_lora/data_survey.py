@@ -10,7 +10,8 @@ from isaac_lora.conversations.records import Conversation, place_of, read_conver
 from isaac_lora.conversations.shortening import first_turns
 from isaac_lora.conversations.survey import content_of, facts, files_of
 from isaac_lora.examples import Example, divided
-from lora_core.errors import DataError, listing
+from lora_core.data_file import open_regular
+from lora_core.errors import DataError, listing, one_line
 from lora_core.pictures.reading import Reading
 from lora_core.shielded import Outcome
 from lora_core.validate import REPORT, Bad, stop_or_skip, validate
@@ -21,6 +22,24 @@ if TYPE_CHECKING:
 
 Facts = dict[tuple[str, str], Mapping[str, Any]]  # by split and name; see `facts`
 Parts = dict[str, Reading]  # by split
+
+
+def find_files(cfg: Config) -> None:
+    """Look whether the conversation files are there; they are not read.
+
+    Raises:
+        DataError: missing, or no regular files; all of them together.
+    """
+    problems = []
+    for place in filter(None, (cfg.data_path, cfg.val_data_path)):
+        try:
+            open_regular(Path(place)).close()
+        except DataError as error:
+            problems.append(str(error))
+        except OSError as error:
+            problems.append(f"{one_line(Path(place).absolute())}: {error.strerror}")
+    if problems:
+        raise DataError(listing(problems))
 
 
 def read_parts(cfg: Config) -> Parts:
@@ -53,8 +72,13 @@ def folder_of(cfg: Config) -> Path | None:
     return Path(cfg.image_folder) if cfg.image_folder else None
 
 
-def settled(parts: Parts, cfg: Config, processor: IsaacProcessor) -> tuple[Facts, list[Bad]]:
+def settled(
+    parts: Parts, cfg: Config, processor: IsaacProcessor, answered: bool = True
+) -> tuple[Facts, list[Bad]]:
     """Facts of the good conversations, and the bad ones, if they may be left out.
+
+    Args:
+        answered: something must be learned in each.
 
     Raises:
         DataError: there are bad ones, and they may not be left out; all of them.
@@ -62,7 +86,7 @@ def settled(parts: Parts, cfg: Config, processor: IsaacProcessor) -> tuple[Facts
     found, bad = Facts(), list[Bad]()
     for split, reading in parts.items():
         bad += [Bad(split, name, reason) for name, reason in reading.bad]
-        outcomes = _looked_at(reading, cfg, processor)
+        outcomes = _looked_at(reading, cfg, processor, answered)
         for record, outcome in zip(reading.records, outcomes, strict=True):
             if outcome.problem:
                 bad.append(Bad(split, record.key, outcome.problem))
@@ -74,16 +98,19 @@ def settled(parts: Parts, cfg: Config, processor: IsaacProcessor) -> tuple[Facts
     return found, bad
 
 
-def _looked_at(reading: Reading, cfg: Config, processor: IsaacProcessor) -> list[Outcome]:
+def _looked_at(
+    reading: Reading, cfg: Config, processor: IsaacProcessor, answered: bool
+) -> list[Outcome]:
     """The outcome for each record of a file."""
     folder, length, cut = folder_of(cfg), cfg.max_seq_length, cfg.cut_long_samples
+    asks = "" if answered else " asks"
 
     def place(record: Conversation) -> str:
         return place_of(reading.root, record.index, record.name)
 
     def look(record: Conversation) -> dict[str, Any]:
         try:
-            return facts(record, processor, folder, length, cut)
+            return facts(record, processor, folder, length, cut, answered)
         except DataError as error:
             lines = str(error).splitlines()
             raise DataError("\n".join(f"{place(record)}: {line}" for line in lines)) from None
@@ -91,7 +118,7 @@ def _looked_at(reading: Reading, cfg: Config, processor: IsaacProcessor) -> list
     return validate(
         reading.records,
         look,
-        kind=f"isaac conversation 1 {processor.fingerprint()} {length} {cut}",
+        kind=f"isaac conversation 1 {processor.fingerprint()} {length} {cut}" + asks,
         root=folder or reading.root.parent,
         files=lambda record: files_of(record, folder),
         name=place,

@@ -15,7 +15,7 @@ from isaac_lora.config import Config
 from isaac_lora.conversations.tokenizer_files import find_tokenizer
 from isaac_lora.depth.checkpoint import find_depth_checkpoint
 from isaac_lora.depth.depth_cache import DepthGrids
-from isaac_lora.depth.settings import setting_problems
+from isaac_lora.depth.settings import check_adapter, read_depth_settings, setting_problems
 from isaac_lora.lora_choice import LoraChoice, names_of
 from lora_core import preflight
 from lora_core.adapters import on_base
@@ -99,14 +99,19 @@ def build(
         depths: what the rest of the program has from `depths_of`; None: one of its own.
 
     Raises:
-        CheckpointError: missing, damaged, or of another shape.
+        CheckpointError: missing, damaged, of another shape, or merged with an adapter that was
+            trained with other depth. Warns: that one used depth, and here is none.
     """
-    model = official.load_model(folder_of(cfg), dtype)
+    folder = folder_of(cfg)
+    depths = depths or depths_of(cfg)
+    if read_depth_settings(folder) is not None:  # merged with an adapter that used depth
+        check_adapter(folder, depths and depths.settings(cfg.depth_alpha))
+    model = official.load_model(folder, dtype)
     model.config.use_depth = cfg.use_depth
     if cfg.use_depth:
         model.config.depth_alpha = cfg.depth_alpha
         model.config.depth_input_size = cfg.depth_input_size
-        model.depth = depths or depths_of(cfg)
+        model.depth = depths
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model.requires_grad_(False)
@@ -159,7 +164,10 @@ def glance(cfg: Config) -> None:
 def _base_fits(cfg: Config) -> None:
     folder = folder_of(cfg)
     model = official.check_folder(folder)
-    checks: list[Callable[[], object]] = [lambda: find_tokenizer(folder)]
+    checks: list[Callable[[], object]] = [
+        lambda: find_tokenizer(folder),
+        lambda: read_depth_settings(folder),
+    ]
     if not cfg.adapter:
         checks.append(lambda: lora.adapted_layers(model, choice_of(cfg)))
     preflight.check_all(*checks)

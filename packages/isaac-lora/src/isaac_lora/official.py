@@ -5,6 +5,7 @@ Nothing in it is executed: neither the Python files that it holds, nor pickled w
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -147,6 +148,8 @@ def load_model(
 ) -> IsaacForConditionalGeneration:
     """The model of a folder, checked before it is read: evaluation mode, on the CPU, no depth.
 
+    Nothing is said where the model was trained with depth: see `depth.settings.check_adapter`.
+
     Args:
         dtype: of all weights, whatever the files have.
 
@@ -157,8 +160,10 @@ def load_model(
 
     folder = find_model(folder)
     check_folder(folder)
-    model: IsaacForConditionalGeneration = IsaacForConditionalGeneration.from_pretrained(
-        str(folder), dtype=dtype, use_depth=False, local_files_only=True, use_safetensors=True
-    )
+    with base_file.quiet_loading(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* was trained with depth", UserWarning)
+        model: IsaacForConditionalGeneration = IsaacForConditionalGeneration.from_pretrained(
+            str(folder), dtype=dtype, use_depth=False, local_files_only=True, use_safetensors=True
+        )
     base_file.refuse_nan(folder, model.state_dict())
     return model.eval()

@@ -165,7 +165,7 @@ REFUSED = {
     "include_num_input_tokens_seen": Fixed("it would count padding", ("no", False)),
     "label_names": Fixed("the loss is this program's own", (None,)),
     "label_smoothing_factor": Fixed("the loss is the cross entropy of label tokens", (0.0,)),
-    "length_column_name": Fixed("the order is a function of the seed and the epoch", ("length",)),
+    "length_column_name": Fixed("lengths are known from the conversations", ("length",)),
     "liger_kernel_config": Fixed(_KERNELS, (None,)),
     "neftune_noise_alpha": Fixed("its noise would fall on the places of images, too", (None,)),
     "optim_target_modules": Fixed("adapters are what is trained", (None,)),
@@ -177,9 +177,6 @@ REFUSED = {
     ),
     "save_on_each_node": Fixed("checkpoints are written once", (False,)),
     "save_only_model": Fixed("resuming needs the optimizer", (False,)),
-    "train_sampling_strategy": Fixed(
-        "the order is a function of the seed and the epoch", ("random",)
-    ),
     "use_liger_kernel": Fixed(_KERNELS, (False,)),
 }
 
@@ -188,7 +185,6 @@ EARLIER = {
     "dispatch_batches": REFUSED["accelerator_config"],
     "fp16_backend": Fixed("there is one way to compute in fp16", ("auto",)),
     "fp16_opt_level": Fixed("apex is not used", ("O1",)),
-    "group_by_length": Fixed("the order is a function of the seed and the epoch", (False,)),
     "half_precision_backend": Fixed("there is one way to compute in fp16", ("auto",)),
     "include_inputs_for_metrics": Fixed(_EVALUATION, (False,)),
     "include_tokens_per_second": Fixed("the log has the speed", (False,)),

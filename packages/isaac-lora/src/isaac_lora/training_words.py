@@ -28,8 +28,8 @@ _FLAG = re.compile(r"--?[A-Za-z_]")  # and not -1 or -.5
 
 
 @contextmanager
-def settled(argv: Sequence[str]) -> Iterator[list[str]]:
-    """The words with settings of `Config` alone, for `lora_core.config.parse`.
+def settled(argv: Sequence[str], kind: type[Config] = Config) -> Iterator[list[str]]:
+    """The words with settings of `kind` alone, for `lora_core.config.parse`.
 
     Files that hold others are replaced by temporary copies without.
 
@@ -42,7 +42,7 @@ def settled(argv: Sequence[str]) -> Iterator[list[str]]:
         words = list(_flat(list(argv), Path(folder), copies, problems))
         try:
             if problems:
-                raise ConfigError(listing([*problems, *_other_problems(words)]))
+                raise ConfigError(listing([*problems, *_other_problems(words, kind)]))
             yield words
         except ConfigError as error:
             text = str(error)
@@ -51,9 +51,9 @@ def settled(argv: Sequence[str]) -> Iterator[list[str]]:
             raise ConfigError(text) from None
 
 
-def _other_problems(words: Sequence[str]) -> Iterator[str]:
+def _other_problems(words: Sequence[str], kind: type[Config]) -> Iterator[str]:
     try:
-        parse(Config, words, prog="isaac-lora train")
+        parse(kind, words, prog="isaac-lora train")
     except ConfigError as error:
         yield str(error)
 

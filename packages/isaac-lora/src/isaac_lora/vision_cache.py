@@ -164,8 +164,11 @@ class VisionFeatures:
             ]
         )
 
-    def fill(self, pictures: Iterable[KnownPicture]) -> int:
+    def fill(self, pictures: Iterable[KnownPicture], own: slice = slice(None)) -> int:
         """Compute what is not in the cache yet.
+
+        Args:
+            own: which of those that are missing this process computes.
 
         Returns:
             how many were computed. Without a cache there is nothing to fill, and it is 0.
@@ -179,6 +182,7 @@ class VisionFeatures:
         todo = {self.cache.path(self.key(picture.content)): picture for picture in pictures}
         missing = [picture for path, picture in todo.items() if not path.exists()]
         self._check_room(list(todo.values()), missing)
+        missing = missing[own]
         if missing:
             say(f"computing the vision features of {plural(len(missing), 'picture')}")
             with Progress(len(missing)) as progress:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from lora_core.cache import FeatureCache
-from lora_core.distributed import sum_over_ranks, world_size
+from lora_core.distributed import in_shares
 from midi3d_lora import model
 from midi3d_lora.config import Config
 from midi3d_lora.data import Splits, scene_settings
@@ -43,7 +41,9 @@ def encodings_of(
 
 def fill(encodings: Encodings, splits: Splits, device: torch.device) -> None:
     """Encode all scenes that are not in the cache; each process takes its share of them."""
-    own = slice(int(os.environ.get("RANK", "0")), None, world_size())
-    encodings.fill(splits.train[own])
-    encodings.fill(splits.val[own], draws=1)
-    sum_over_ranks(0.0, device)  # wait for the others
+
+    def share(own: slice) -> None:
+        encodings.fill(splits.train[own])
+        encodings.fill(splits.val[own], draws=1)
+
+    in_shares(share, device)

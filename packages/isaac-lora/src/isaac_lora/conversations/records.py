@@ -6,7 +6,7 @@ A file is a list of records, or one record per line (JSON Lines):
         {"from": "human", "value": "What is this? <image>"}, {"from": "gpt", "value": "A car."}]}
 
 - Roles, in any case: human and user, gpt and assistant, system. Turns come in any order; every
-  assistant turn is learned, and there must be one.
+  assistant turn is learned, and there must be one, unless there are only questions to answer.
 - `<image>` or `<IMAGE>` in a user or system turn is where a picture stands. Over all turns there
   are as many of them as pictures, and they take the pictures in order. In an answer it is an error.
 - `image` or `images`: a text or a list of texts, each a path or `data:image/...;base64,...`.
@@ -79,12 +79,15 @@ class Conversation:
         return self.name
 
 
-def read_conversations(path: str | Path, *, image_first: bool = False) -> Reading:
+def read_conversations(
+    path: str | Path, *, image_first: bool = False, answered: bool = True
+) -> Reading:
     """Read a file's conversations; what is wrong with records is collected, not raised.
 
     Args:
         image_first: put the pictures of a record without any marker in front of its first user
             turn. Otherwise that is an error: nobody said where they stand.
+        answered: every record must have an answer; False: one that only asks will do.
 
     Returns:
         `records` are the good ones as `Conversation`, `bad` the others with their reasons,
@@ -101,7 +104,7 @@ def read_conversations(path: str | Path, *, image_first: bool = False) -> Readin
         name = _name(value, index)
         seen[name] += 1
         with reading.collecting(place_of(path, index, name), sample=name):
-            reading.records.append(_conversation(value, index, name, image_first))
+            reading.records.append(_conversation(value, index, name, image_first, answered))
     if not values:
         reading.problems.append(f"{one_line(path)}: holds no conversations")
     reading.problems += [
@@ -200,7 +203,9 @@ def _id(value: dict[str, Any]) -> str | None:
     return str(given) if usable else None
 
 
-def _conversation(value: Any, index: int, name: str, image_first: bool) -> Conversation:
+def _conversation(
+    value: Any, index: int, name: str, image_first: bool, answered: bool
+) -> Conversation:
     """Read one record.
 
     Raises:
@@ -217,6 +222,8 @@ def _conversation(value: Any, index: int, name: str, image_first: bool) -> Conve
     if value.get("id") is not None and _id(value) is None:
         problems.append(f"id is {shown(value['id'])}: expected text or a whole number, or no id")
     turns = _turns(value, problems)
+    if not problems and (wrong := _nothing_said(turns, answered)):
+        problems.append(wrong)
     images = _images(value, problems)
     markers = sum(text.count(IMAGE) for _, text in turns)
     if image_first and images and not markers:
@@ -248,9 +255,17 @@ def _turns(value: dict[str, Any], problems: list[str]) -> list[Turn]:
             problems.append(f"{place}: {wrong}")
         elif turn is not None:
             turns.append(turn)
-    if not problems and all(turn.role != "assistant" for turn in turns):
-        problems.append("no assistant turn (from gpt or assistant): nothing could be learned")
     return turns
+
+
+def _nothing_said(turns: list[Turn], answered: bool) -> str:
+    """What is wrong with the speakers of a record; "": nothing."""
+    roles = {turn.role for turn in turns}
+    if answered:
+        missing = "no assistant turn (from gpt or assistant): it has no answer"
+        return "" if "assistant" in roles else missing
+    missing = "no user turn (from human or user): nothing is asked"
+    return "" if "user" in roles else missing
 
 
 def _turn(item: Any) -> tuple[Turn | None, str]:

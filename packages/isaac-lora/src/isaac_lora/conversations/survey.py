@@ -26,12 +26,14 @@ def facts(
     folder: Path | None,
     max_seq_length: int,
     cut_long: bool = False,
+    answered: bool = True,
 ) -> dict[str, Any]:
     """Look at a conversation wholly: its tokens first, then every pixel.
 
     Args:
         folder: what relative paths of pictures start from; None: the working directory.
         cut_long: cut one that is too long at the end of an answer, see `shortened`.
+        answered: something in it must be learned.
 
     Returns:
         `turns`: how many of them are kept, from the first. Of these: `tokens`, `image_tokens`,
@@ -46,7 +48,7 @@ def facts(
         conversation = shortened(conversation, sizes, processor, max_seq_length)
         sizes = sizes[: len(conversation.images)]
     sample = outline(conversation, sizes, processor)
-    refuse_unusable(sample, max_seq_length, cut_long)
+    refuse_unusable(sample, max_seq_length, cut_long, answered)
     return {
         "turns": len(conversation.turns),
         "tokens": len(sample),
@@ -111,8 +113,10 @@ def content_of(conversation: Conversation) -> str:
     return digest_of(list(conversation.turns), inline, len(conversation.images))
 
 
-def refuse_unusable(sample: Sample, max_seq_length: int, cut_long: bool = False) -> None:
-    """Require that a sample fits whole, and that something in it is learned.
+def refuse_unusable(
+    sample: Sample, max_seq_length: int, cut_long: bool = False, answered: bool = True
+) -> None:
+    """Require that a sample fits whole, and with `answered` that something in it is learned.
 
     Raises:
         DataError: it does not.
@@ -127,5 +131,5 @@ def refuse_unusable(sample: Sample, max_seq_length: int, cut_long: bool = False)
             f"{len(sample)} tokens, {of_images} of them of images, are more than --max_seq_length "
             f"{max_seq_length}: {remedy}"
         )
-    if sample.num_label_tokens == 0:
+    if answered and sample.num_label_tokens == 0:
         raise DataError("no token of it would be learned")

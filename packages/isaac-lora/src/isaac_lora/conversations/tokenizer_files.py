@@ -52,15 +52,17 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         CheckpointError: none there, damaged, or of another kind.
     """
-    from transformers import AutoTokenizer, Qwen2Tokenizer
+    from transformers import AutoTokenizer, PreTrainedConfig, Qwen2Tokenizer
 
     folder = find_tokenizer(Path(model))
     settings = folder / FILES[0]
     named = settings.is_file() and "tokenizer_class" in read_settings(settings)
     loader = AutoTokenizer if named else Qwen2Tokenizer  # the latter needs no settings
+    # Without one, transformers reads the model's, and warns that it does not know Isaac.
+    config = {"config": PreTrainedConfig()} if named else {}
     try:
         tokenizer = loader.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
+            str(folder), local_files_only=True, trust_remote_code=False, **config
         )
     # The library's own errors, and `Exception` itself from its Rust half, for a damaged file.
     except Exception as error:

@@ -205,19 +205,27 @@ class IsaacModel(IsaacPreTrainedModel):
         )
 
     def _without_images(self, inputs_embeds: Tensor, image_mask: Tensor | None) -> Tensor:
-        """Give `inputs_embeds`; in training with a share of zero from the projector.
+        """Give `inputs_embeds`; in training with a share of zero from what is trained of vision.
 
         Processes that train together wait for the gradients of all trained weights. One whose
-        batch has no image would never send the projector's.
+        batch has no image would never send the projector's and the tower's.
         """
         if image_mask is not None and bool(image_mask.any()):
             raise DataError("image_mask has image places, but no images came with it")
-        trained = any(p.requires_grad for p in self.vision_embedding[1:].parameters())
+        trained = any(p.requires_grad for p in self.vision_embedding.parameters())
         if not (self.training and torch.is_grad_enabled() and trained):
             return inputs_embeds
-        wide: Any = self.vision_embedding[1]
-        nothing = self._projected(inputs_embeds.new_zeros(1, wide.in_features))
-        return inputs_embeds + 0.0 * nothing.sum()
+        return inputs_embeds + 0.0 * self._projected(self._no_features(inputs_embeds)).sum()
+
+    def _no_features(self, like: Tensor) -> Tensor:
+        """Features of a picture of zeros: from the tower if it is trained, else themselves zero."""
+        parts: Any = self.vision_embedding
+        tower, wide = parts[0], parts[1]
+        if not any(p.requires_grad for p in tower.parameters()):
+            return like.new_zeros(1, wide.in_features)
+        side, patch = self.config.pixel_shuffle_scale, tower.config.patch_size
+        grids = torch.tensor([[side, side]], device=like.device)
+        return self.get_vision_features(like.new_zeros(side * side, 3 * patch * patch), grids)
 
     def _prompt_positions(
         self,

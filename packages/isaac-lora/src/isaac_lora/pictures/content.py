@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,10 @@ class KnownPicture:
     content: str
     grid: tuple[int, int]
     read: Callable[[], Picture]
+
+    def once(self) -> KnownPicture:
+        """The same picture, decoded when it is first read and kept for the second use."""
+        return replace(self, read=cache(self.read))
 
 
 def content_digest(picture: Picture) -> str:

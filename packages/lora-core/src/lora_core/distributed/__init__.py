@@ -43,6 +43,7 @@ __all__ = [
     "RankError",
     "finishing",
     "first_rank_decides",
+    "in_shares",
     "join",
     "local_rank",
     "sum_over_ranks",
@@ -196,6 +197,16 @@ def sum_over_ranks(value: float, device: torch.device) -> float:
     total = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.item()
+
+
+def in_shares(work: Callable[[slice], object], device: torch.device) -> None:
+    """Do this process's share of some work, then wait until the others have done theirs.
+
+    Args:
+        work: is given every n-th place of what there is to do, with n processes.
+    """
+    work(slice(int(os.environ.get("RANK", "0")), None, world_size()))
+    sum_over_ranks(0.0, device)
 
 
 def wait_for_first() -> None:

@@ -74,11 +74,12 @@ class Header(NamedTuple):
 # -- files -----------------------------------------------------------------------------------------
 
 
-def find_images(names: Sequence[str], result: str) -> list[Path]:
-    """Pictures named by `--images` directly, or lying in folders that it names, each once.
+def find_images(names: Sequence[str], result: str, flag: str = "--images") -> list[Path]:
+    """Pictures named by a flag directly, or lying in folders that it names, each once.
 
     Args:
         result: the end of the name of what is written for each, `_overlay.png`.
+        flag: for messages.
 
     Raises:
         DataError: nothing there, a name too long for results, or two pictures whose results would
@@ -89,14 +90,14 @@ def find_images(names: Sequence[str], result: str) -> list[Path]:
     for name in names:
         path = Path(name)
         if not path.exists():
-            problems.append(f"--images: nothing at {one_line(path.absolute())}")
+            problems.append(f"{flag}: nothing at {one_line(path.absolute())}")
             continue
         inside = [path]
         if path.is_dir():
             inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
         if not inside:
             suffixes = " ".join(sorted(SUFFIXES))
-            problems.append(f"--images: no pictures ({suffixes}) in {one_line(path.absolute())}")
+            problems.append(f"{flag}: no pictures ({suffixes}) in {one_line(path.absolute())}")
         for image in inside:
             images.setdefault(Path(os.path.abspath(image)), image)
     by_stem: dict[str, Path] = {}

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lora_core.base_file import no_model_folder, read_settings, refuse_nan, some
+from lora_core.base_file import no_model_folder, quiet_loading, read_settings, refuse_nan, some
 from lora_core.errors import CheckpointError, one_line
 from lora_core.preflight import torchvision
 
@@ -71,7 +69,7 @@ def build_encoder(
     except Exception as error:  # transformers has no class of its own for bad settings
         raise _refused(folder / "config.json", error) from None
     dtype = dtype or next(iter(state.values()), torch.zeros(0)).dtype
-    with _quiet():
+    with quiet_loading():
         try:
             model, report = getattr(transformers, name).from_pretrained(
                 None,
@@ -105,19 +103,3 @@ def _refuse_report(folder: Path, total: int, report: dict[str, Any]) -> None:
         if names:
             lines.append(f"  {len(names)} {what}: {some(names)}")
     raise CheckpointError("\n".join(lines))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own table of what did not fit, and its progress bar."""
-    from transformers.utils import logging
-
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()

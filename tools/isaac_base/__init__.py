@@ -1,0 +1,1 @@
+"""Parts of `tools/pretrain_isaac_demo_base.py`."""
