@@ -23,6 +23,7 @@ DEMOS = {
     "sam3-lora": ("--epochs", "1"),
     "scenesplat-lora": ("--epochs", "1"),
     "midi3d-lora": ("--epochs", "1"),
+    "isaac-lora": ("--epochs", "1"),
 }
 OLDEST = ("torch==2.9.*", "transformers==5.15.0", "accelerate==1.10.0", "peft==0.19.0")
 
@@ -148,6 +149,9 @@ def bench(session: nox.Session) -> None:
         session.run("python", f"tools/bench/scenesplat_{name}.py", env=threads)
     for name in ("step", "cache", "memory", "extraction"):
         session.run("python", f"tools/bench/midi3d_{name}.py", env=threads)
+    for name in ("step", "cache", "memory"):
+        session.run("python", f"tools/bench/isaac_{name}.py", env=threads)
+    session.run("python", "tools/bench/isaac_memory.py", "--logits", env=threads)
     session.run("python", "tools/bench/guards.py", env=threads)
 
 

@@ -31,7 +31,7 @@ def small_batches():
         yield
 
 
-def new_run(folder: Path, steps=(2, 2, 2)) -> Stages:
+def new_run(folder: Path, steps=(2, 2, 2, 2)) -> Stages:
     folder.mkdir(exist_ok=True)
     return pretrain.prepared(folder, steps, pictures=3)
 
@@ -49,7 +49,7 @@ def processor(whole: Stages) -> IsaacProcessor:
     return IsaacProcessor.from_pretrained(whole.file.parent / "model")
 
 
-@pytest.mark.parametrize("steps", [1, 3, 5])
+@pytest.mark.parametrize("steps", [1, 3, 5, 7])
 def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, whole, steps) -> None:
     monkeypatch.setattr(stages, "SAVE_EVERY", -1)
     update, left = Stages._update, [steps]
@@ -82,9 +82,9 @@ def test_every_stage_moves_the_weights_that_it_is_about(tmp_path, whole) -> None
 
 def test_another_length_does_not_go_on_with_the_stage(tmp_path) -> None:
     new_run(tmp_path)._save()
-    with pytest.raises(SystemExit, match=r"--steps \[2, 2, 2\]"):
-        new_run(tmp_path, steps=(3, 2, 2))
-    assert new_run(tmp_path, steps=(2, 5, 2)).step == 0
+    with pytest.raises(SystemExit, match=r"--steps \[2, 2, 2, 2\]"):
+        new_run(tmp_path, steps=(3, 2, 2, 2))
+    assert new_run(tmp_path, steps=(2, 5, 2, 2)).step == 0
 
 
 def test_the_result_are_two_folders_in_half_precision(tmp_path) -> None:

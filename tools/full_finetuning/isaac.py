@@ -184,16 +184,16 @@ class Comparison:
     def asked(self, name: str) -> list[Example]:
         """The questions of a file."""
         from isaac_lora import demo
-        from isaac_lora.evaluate import Options
+        from isaac_lora.question_options import QuestionOptions
 
         data = self.folder / "data"
-        options = Options(
+        options = QuestionOptions(
             model_path=str(data / demo.MODEL),
             data_path=str(data / f"{name}.json"),
             image_folder=str(data / demo.IMAGES),
             output=str(self.folder / name),
         )
-        return options.examples(self.processor, answered=True)
+        return options.conversations(self.processor, answered=True)
 
     def measured(
         self,

@@ -17,9 +17,6 @@ from isaac_lora.demo_scenes import RIBS, SIZES, Scene
 from isaac_lora.network.isaac import IsaacForConditionalGeneration
 
 STYLES = {"sizes": SIZES, "ribs": RIBS}
-# Of the mean square of image tokens. Without it they grew to forty times the size of what depth
-# adds to them, of which nothing was left after the first norm, and answers were learned slowly.
-TOKEN_WEIGHT = 3e-3
 # One box, then one or two, then mostly three: until the step, by the number of boxes.
 CURRICULUM = ((300, (1.0, 0.0, 0.0)), (1000, (0.3, 0.7, 0.0)), (10**9, (0.05, 0.15, 0.8)))
 
@@ -29,17 +26,12 @@ class Answers:
 
     peak = 2e-3  # learning rate
     batch, asked = 16, 8  # pictures, questions of each
+    curriculum = CURRICULUM
 
     def __init__(
         self, model: IsaacForConditionalGeneration, rows: Rows, pool: Pool, seed: int
     ) -> None:
         self.model, self.rows, self.pool, self.seed = model, rows, pool, seed
-        self.tokens = torch.zeros(0)  # of the images of the last batch, [tokens, C]
-        model.model.vision_embedding[-1].register_forward_hook(self.remember)
-
-    def remember(self, module: nn.Module, inputs: object, tokens: Tensor) -> None:
-        """Keep what the projector gave."""
-        self.tokens = tokens
 
     def begin(self) -> None:
         """Make or read the pictures."""
@@ -52,11 +44,11 @@ class Answers:
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Of random questions about random pictures of the pool."""
         rng = np.random.default_rng((self.seed, step))
-        shares = next(shares for until, shares in CURRICULUM if step < until)
+        shares = next(shares for until, shares in self.curriculum if step < until)
         scenes, patches = self.pool.draw(rng, self.batch, shares)
         asked = [chosen(questions(one), KINDS, self.asked, rng) for one in scenes]
         loss: Tensor = self.model(**self.rows.batch(patches, asked)).loss
-        return loss + TOKEN_WEIGHT * self.tokens.square().mean(), {}
+        return loss, {}
 
     def figures(self) -> dict[str, dict[str, float]]:
         """Share of right answers by kind of question, on scenes of both styles."""
@@ -65,9 +57,45 @@ class Answers:
             name: accuracy(self.model, self.rows, held_out(64, style))
             for name, style in STYLES.items()
         }
-        found["tokens"] = {"rms": round(self.tokens.square().mean().sqrt().item(), 2)}
         self.model.train()
         return found
+
+
+class Smaller(Answers):
+    """Go on with image tokens of the size of what depth adds to them.
+
+    After the stage before they are forty times as large: of depth nothing would be left behind the
+    first norm. They are made smaller at once, and kept from growing again.
+    """
+
+    peak = 1.2e-3  # learning rate
+    divisor = 25.0
+    weight = 3e-3  # of the mean square of image tokens
+    curriculum = CURRICULUM[-1:]
+
+    def __init__(
+        self, model: IsaacForConditionalGeneration, rows: Rows, pool: Pool, seed: int
+    ) -> None:
+        super().__init__(model, rows, pool, seed)
+        self.tokens = torch.zeros(0)  # of the images of the last batch, [tokens, C]
+        model.model.vision_embedding[-1].register_forward_hook(self.remember)
+
+    def remember(self, module: nn.Module, inputs: object, tokens: Tensor) -> None:
+        """Keep what the projector gave."""
+        self.tokens = tokens
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of the answers, and the mean square of image tokens."""
+        if step == 0:
+            with torch.no_grad():
+                self.model.model.vision_embedding[-1].weight /= self.divisor
+        loss, parts = super().loss(step)
+        return loss + self.weight * self.tokens.square().mean(), parts
+
+    def figures(self) -> dict[str, dict[str, float]]:
+        """Those of the answers, and the root mean square of image tokens."""
+        found = super().figures()
+        return {**found, "tokens": {"rms": round(self.tokens.square().mean().sqrt().item(), 2)}}
 
 
 @torch.no_grad()

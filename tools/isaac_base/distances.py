@@ -1,4 +1,4 @@
-"""The third stage: the depth model, on scenes in which ribs tell the distance."""
+"""The last stage: the depth model, on scenes in which ribs tell the distance."""
 
 from __future__ import annotations
 

@@ -18,9 +18,9 @@ from isaac_lora.conversations.tokenizer_files import load_tokenizer
 from isaac_lora.demo_questions import KINDS, Question, questions, words
 from isaac_lora.demo_scenes import HEIGHT, RIBS, SIZES, WIDTH, Style, scene
 from isaac_lora.depth.estimator import read_depth_estimator
-from isaac_lora.evaluate import Options
 from isaac_lora.processing import IsaacProcessor
 from isaac_lora.prompts import questions_of
+from isaac_lora.question_options import QuestionOptions
 from lora_core.demo_folder import words as command
 
 SCENES = 20  # of the card's 200
@@ -54,13 +54,15 @@ def accuracy(processor: IsaacProcessor, folder: Path, style: Style) -> dict[str,
     scenes = {f"{n:03}": scene((HELD_OUT, n), style) for n in range(SCENES)}
     asked: list[Question] = [one for made in scenes.values() for one in questions(made)]
     path = demo.write_split(folder, "unseen", scenes, questions)
-    options = Options(
+    options = QuestionOptions(
         model_path=str(demo.base(demo.MODEL)),
         data_path=str(path),
         image_folder=str(folder / demo.IMAGES),
         output=str(folder / "out"),
     )
-    found = [one for example in options.examples(processor, True) for one in questions_of(example)]
+    found = [
+        one for example in options.conversations(processor, True) for one in questions_of(example)
+    ]
     model = official.load_model(demo.base(demo.MODEL))
     said = answers(model, processor, found, max_new_tokens=4, batch_size=100)
     right: dict[str, list[bool]] = defaultdict(list)

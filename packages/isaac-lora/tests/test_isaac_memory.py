@@ -92,11 +92,15 @@ def made(count: int) -> dict[str, Any]:
     return {"input_ids": torch.zeros(count, 7, dtype=torch.long), "keys": ["a"] * count}
 
 
-def test_auto_batch_takes_a_part_and_accumulates(root: Path) -> None:
+def test_auto_batch_takes_a_part_and_accumulates(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cfg = config(root, per_device_train_batch_size=8, auto_batch=True)
     net: Any = Small()
     fitted = memory.fitted(net, loss_that_holds(3), made, cfg, "fp32")
     assert (fitted.per_device_train_batch_size, fitted.gradient_accumulation_steps) == (2, 4)
+    said = capsys.readouterr().out
+    assert "--per_device_train_batch_size 2 and --gradient_accumulation_steps 4 make" in said
     with pytest.raises(ConfigError) as told:
         memory.fitted(net, loss_that_holds(0), made, cfg, "fp32")
     assert "1 x 7 tokens, 0 pictures, of a" in str(told.value)

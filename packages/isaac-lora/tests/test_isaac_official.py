@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from isaac_lora import model as run_model
 from isaac_lora.adapter_files import read_adapter, save_adapter
 from isaac_lora.config import Config
+from isaac_lora.depth.settings import write_depth_settings
 from isaac_lora.lora import lora_parameters
 from isaac_lora.official import check_folder, find_model, load_model, read_config
 from lora_core.errors import CheckpointError, ConfigError, DataError
@@ -198,6 +200,13 @@ def test_tensors_of_another_model_are_refused_by_their_headers(
         load_model(folder)
 
 
+def test_loading_writes_nothing_to_the_terminal(
+    source: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    load_model(source)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_values_that_are_not_finite_are_refused(folder: Path) -> None:
     change(folder, lambda tensors: tensors["model.norm.weight"].fill_(torch.nan))
     check_folder(folder)
@@ -252,6 +261,40 @@ def test_a_run_with_depth_refuses_images_without_and_keeps_its_settings(
     again = config(source, adapter=str(tmp_path / "adapter"))
     with pytest.warns(UserWarning, match="was trained with depth"):
         run_model.adapted(run_model.build(again), again)
+
+
+def merged_with_depth(folder: Path, depth: Path) -> dict[str, Any]:
+    """Make a folder look like one that was merged with depth; returns the settings of a run."""
+    settings = {
+        "use_depth": True,
+        "depth_checkpoint_path": str(depth),
+        "depth_alpha": 3.0,
+        "depth_input_size": tiny_depth.SIZE,
+    }
+    depths = run_model.depths_of(config(folder, **settings))
+    assert depths is not None
+    write_depth_settings(folder, depths.settings(3.0))
+    return settings
+
+
+def test_a_base_that_was_merged_with_depth_is_compared_with_the_run(
+    folder: Path, tmp_path: Path
+) -> None:
+    settings = merged_with_depth(folder, tiny_depth.write_folder(tmp_path / "depth"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_model(folder)
+        assert run_model.build(config(folder, **settings)).depth is not None
+    with pytest.warns(UserWarning, match="trained with depth .* and is used without"):
+        assert run_model.build(config(folder)).depth is None
+    with pytest.raises(CheckpointError, match="depth_alpha: trained with 3, used with 5"):
+        run_model.build(config(folder, **(settings | {"depth_alpha": 5.0})))
+
+
+def test_a_damaged_depth_json_is_told_before_weights_are_read(folder: Path) -> None:
+    (folder / "depth.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="depth_alpha is missing"):
+        run_model.glance(config(folder))
 
 
 def test_all_that_is_wrong_is_told_before_weights_are_read(folder: Path) -> None:

@@ -303,6 +303,12 @@ def test_all_problems_are_told_together(
         assert part in said, said
 
 
+def test_a_setting_of_transformers_is_named_by_its_own_flag(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "--tf32 is for NVIDIA GPUs" in refused(capsys, data, tmp_path / "run", tf32="true")
+
+
 @pytest.mark.fault("R09")
 def test_no_full_batch_is_an_error(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -188,12 +188,32 @@ def test_what_the_first_rank_decides_reaches_all_and_so_do_its_errors():
     assert [process.output for process in ended[1:]] == ["", ""], "it is said once"
 
 
+def test_processes_share_work_and_wait_for_each_other(tmp_path):
+    def target(rank):
+        def work(own):
+            time.sleep(1.5 * rank)
+            for number in range(5)[own]:
+                (tmp_path / f"{number} by {rank}").touch()
+
+        with distributed.together(CPU):
+            distributed.in_shares(work, CPU)
+            assert len(list(tmp_path.iterdir())) == 5
+
+    ended = run(target)
+    assert [process.status for process in ended] == [0, 0], ended
+    found = sorted(path.name for path in tmp_path.iterdir())
+    assert found == ["0 by 0", "1 by 1", "2 by 0", "3 by 1", "4 by 0"]
+
+
 def test_one_process_needs_nothing_of_all_this(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
+    done = []
     with distributed.together(CPU):
+        distributed.in_shares(lambda own: done.extend(range(3)[own]), CPU)
         assert distributed.first_rank_decides(lambda: 3, CPU) == 3
         distributed.wait_for_first()
         assert distributed.sum_over_ranks(2.5, CPU) == 2.5
+    assert done == [0, 1, 2]
     assert not torch.distributed.is_initialized()
 
 

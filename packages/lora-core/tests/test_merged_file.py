@@ -73,6 +73,21 @@ def test_only_a_folder_that_a_merge_may_have_written_is_replaced(tmp_path):
         merged_file.refuse_existing(tmp_path / "a.pt", overwrite=True)
 
 
+def test_what_is_read_is_never_written_over(tmp_path):
+    base, adapter = tmp_path / "models" / "base", tmp_path / "adapter"
+    merged_file.refuse_inputs(tmp_path / "merged", False, base, adapter)
+    for output in (base, adapter, tmp_path / "models", tmp_path / "x" / ".." / "adapter"):
+        with pytest.raises(ConfigError, match=r"is or holds .*: choose another"):
+            merged_file.refuse_inputs(output, True, base, adapter)
+    with pytest.raises(ConfigError, match="lies in the base"):
+        merged_file.refuse_inputs(base / "merged", True, base, adapter)
+    merged_file.refuse_inputs(adapter / "merged", True, base, adapter)
+    (tmp_path / "merged").symlink_to(tmp_path / "gone")
+    with pytest.raises(ConfigError, match="exists: choose another --output or add --overwrite"):
+        merged_file.refuse_inputs(tmp_path / "merged", False, base, adapter)
+    merged_file.refuse_inputs(tmp_path / "merged", True, base, adapter)
+
+
 def test_a_private_folder_goes_and_so_do_old_ones(tmp_path):
     old, new = tmp_path / ".unverified-out.pt-12345678", tmp_path / ".unverified-out.pt-abcdefgh"
     for left in (old, new):

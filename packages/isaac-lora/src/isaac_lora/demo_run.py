@@ -42,7 +42,7 @@ PIXELS = 6  # of the drawing, for each pixel of a picture
 class Options(demo_folder.Demo):
     """Settings of `isaac-lora demo`."""
 
-    epochs: int = option(10, "Passes over the training questions.", "training")
+    epochs: int = option(6, "Passes over the training questions.", "training")
     learning_rate: float = option(3e-3, "Peak learning rate.", "training")
     batch_size: int = option(16, "Questions per update.", "training")
     seed: int = option(42, "Fixes adapters and the order of questions.", "training")
@@ -147,7 +147,7 @@ def evaluating(folder: Path, name: str) -> dict[str, object]:
         "max_new_tokens": 4,
         "batch_size": 50,
         "device": "cpu",
-        "examples_drawn": 0,
+        "examples": 0,
         "output": folder / "evaluation" / name,
     }
 
@@ -162,7 +162,7 @@ def predicting(folder: Path) -> dict[str, object]:
         "adapter": folder / "lora_depth",
         **depth_of(folder),
         "image": data / demo.IMAGES / "test_0000.png",
-        "question": ["<image>Which shape is nearest?", "<image>Which shape is on the left?"],
+        "question": ["<image>Which shape is nearest?", "<image>Which shape is farthest?"],
         "max_new_tokens": 4,
         "device": "cpu",
         "output": folder / "predicted",

@@ -22,6 +22,7 @@ from lora_core import base_file
 from lora_core.adapters.origin import versions
 from lora_core.cache import fingerprint
 from lora_core.errors import CheckpointError, ConfigError, listing, one_line
+from lora_core.merged_file import refuse_inputs
 from lora_core.tensor_file import atomic_write, write_json
 from lora_core.weight_files import read_weights
 
@@ -48,17 +49,9 @@ def refuse_output(output: Path, overwrite: bool, base: Path, adapter: Path) -> N
         ConfigError: it would.
         CheckpointError: the earlier merge's list of files is damaged.
     """
-    target = output.resolve()
-    for source in (base.resolve(), adapter.resolve()):
-        if target == source or target in source.parents:
-            raise ConfigError(f"--output {output} is or holds {source}: choose another one")
-    if base.resolve() in target.parents:
-        raise ConfigError(f"--output {output} lies in the base, {base}: choose another one")
+    refuse_inputs(output, overwrite, base, adapter)
     if not os.path.lexists(output):
         return
-    place = output.absolute()
-    if not overwrite:
-        raise ConfigError(f"{place} exists: choose another --output or add --overwrite")
     own = _own_files(output)
     if own is None:
         strange = [f"no {MARK} in it"]
@@ -66,8 +59,8 @@ def refuse_output(output: Path, overwrite: bool, base: Path, adapter: Path) -> N
         strange = sorted(str(path) for path in _files(output, hidden=True) if str(path) not in own)
     if strange:
         raise ConfigError(
-            f"{place} was not written by merge alone ({one_line(strange[0])}) and is not replaced: "
-            "choose another --output, or remove it first"
+            f"{output.absolute()} was not written by merge alone ({one_line(strange[0])}) and is "
+            "not replaced: choose another --output, or remove it first"
         )
 
 

@@ -105,7 +105,7 @@ def build(
     folder = folder_of(cfg)
     depths = depths or depths_of(cfg)
     if read_depth_settings(folder) is not None:  # merged with an adapter that used depth
-        check_adapter(folder, depths and depths.settings(cfg.depth_alpha))
+        check_adapter(folder, None if depths is None else depths.settings(cfg.depth_alpha))
     model = official.load_model(folder, dtype)
     model.config.use_depth = cfg.use_depth
     if cfg.use_depth:

@@ -58,6 +58,25 @@ def _of_a_model(path: Path, others: Collection[str]) -> bool:
     return path.is_file() and (path.name == WEIGHTS or path.name in others or settings)
 
 
+def refuse_inputs(output: Path, overwrite: bool, base: Path, *others: Path) -> None:
+    """Never write over what is read, into the base, or unasked over anything.
+
+    Args:
+        base, others: what is read.
+
+    Raises:
+        ConfigError: it would.
+    """
+    target = output.resolve()
+    for source in (base.resolve(), *(path.resolve() for path in others)):
+        if target == source or target in source.parents:
+            raise ConfigError(f"--output {output} is or holds {source}: choose another one")
+    if base.resolve() in target.parents:
+        raise ConfigError(f"--output {output} lies in the base, {base}: choose another one")
+    if os.path.lexists(output) and not overwrite:
+        raise ConfigError(f"{output.absolute()} exists: choose another --output or add --overwrite")
+
+
 def recorded_base(adapter: str) -> str:
     """The name of the base that an adapter's metadata holds.
 

@@ -40,5 +40,6 @@ class Ramp(Guards):
             yield f"--ramp_from {low}, --ramp_to {high}: above 0, and rising"
         if self.dry_run:
             yield f"--dry_run belongs to `{self.train_command}`: find-lr trains"
-        if getattr(self, "resume", None):
-            yield f"--resume belongs to `{self.train_command}`: a ramp always starts anew"
+        names = [name for name in ("resume", "resume_from_checkpoint") if getattr(self, name, None)]
+        for name in names[:1]:  # two words for the same
+            yield f"--{name} belongs to `{self.train_command}`: a ramp always starts anew"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,13 +18,6 @@ class Options(Ramp, Config):
     """Settings of `midi3d-lora find-lr`: those of a training, and the ramp's."""
 
     train_command = "midi3d-lora train"
-
-    def problems(self) -> Iterator[str]:
-        """Yield what cannot work, each as one line."""
-        yield from super().problems()
-        if self.resume_from_checkpoint:
-            command = self.train_command
-            yield f"--resume_from_checkpoint belongs to `{command}`: a ramp always starts anew"
 
 
 def settings(argv: Sequence[str]) -> Options:

@@ -7,6 +7,7 @@ back and gave the same outputs as the live adapted one. `lora_merge.json` in it 
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +21,14 @@ from lora_core import base_file
 from lora_core.adapters.origin import versions
 from lora_core.errors import CheckpointError, ConfigError, NumericError, one_line
 from lora_core.injection import lora_layers
-from lora_core.merged_file import check_written, exact, move, private_folder, write_tensors
+from lora_core.merged_file import (
+    check_written,
+    exact,
+    move,
+    private_folder,
+    refuse_inputs,
+    write_tensors,
+)
 from lora_core.merging import merged_state_dict
 from lora_core.state_keys import own_state
 from lora_core.tensor_file import write_json
@@ -140,16 +148,9 @@ def refuse_output(output: Path, overwrite: bool, base: Path, adapter: Path | Non
     Raises:
         ConfigError: it would.
     """
-    target = output.resolve()
-    for source in {base.resolve(), (adapter or base).resolve()}:
-        if target == source or target in source.parents:
-            raise ConfigError(f"--output {output} is or holds {source}: choose another one")
-    if base.resolve() in target.parents:
-        raise ConfigError(f"--output {output} lies in the base, {base}: choose another one")
-    if not output.exists():
+    refuse_inputs(output, overwrite, base, *([adapter] if adapter else []))
+    if not os.path.lexists(output):
         return
-    if not overwrite:
-        raise ConfigError(f"{output.absolute()} exists: choose another --output or add --overwrite")
     if not (output / MARK).is_file():
         raise ConfigError(
             f"{output.absolute()} was not written by merge (no {MARK} in it) and is not replaced: "
