@@ -93,13 +93,17 @@ def test_one_seed_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("package", ["midi3d", "sam2", "sam3", "scenesplat"])
+@pytest.mark.parametrize("package", ["isaac", "midi3d", "sam2", "sam3", "scenesplat"])
 def test_both_methods_train_from_the_same_start(
     package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if package == "scenesplat":
         monkeypatch.setattr("full_finetuning.scenesplat.SPLITS", {"train": 4, "val": 4})
         monkeypatch.setattr("full_finetuning.scenesplat.TEST_ROOMS", 4)
+    if package == "isaac":
+        monkeypatch.setattr("isaac_lora.demo.SPLITS", {"train": 20, "val": 4, "test": 0})
+        for name in ("TEST_SCENES", "OLD_SCENES"):
+            monkeypatch.setattr(f"full_finetuning.isaac.{name}", 6)
     if package == "midi3d":
         monkeypatch.setattr("midi3d_lora.demo.SPLITS", {"train": 4, "val": 2, "test": 0})
         for name in ("TEST_SCENES", "OLD_SCENES", "GENERATED"):
@@ -111,7 +115,8 @@ def test_both_methods_train_from_the_same_start(
     places = [(run.method, run.seed) for run in done]
     assert places == [("LoRA", 0), ("LoRA", 1), ("full", 0), ("full", 1)]
     assert 0 < done[0].share_trained < 0.4  # the tiny networks are narrow for their ranks
-    assert done[2].share_trained == 1
+    whole = 0.873 if package == "isaac" else 1  # it leaves the vision tower as it is
+    assert done[2].share_trained == pytest.approx(whole, abs=1e-3)
     for name in comparison.compared:
         assert all(abs(run.figures[name] - base[name]) < 0.3 for run in done)
     assert len({run.figures[comparison.chooses] for run in done}) == 4

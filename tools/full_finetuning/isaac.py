@@ -37,7 +37,7 @@ TEST_SCENES, OLD_SCENES = 150, 20  # 300 questions about nearness, 360 others
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The defaults of this package."""
-    parser.set_defaults(rates=[3e-4, 1e-3, 3e-3], steps=380, batch_size=16, rank=16)
+    parser.set_defaults(rates=[3e-4, 1e-3, 3e-3], steps=228, batch_size=16, rank=16)
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> Comparison:
@@ -60,7 +60,7 @@ class Comparison:
 
     args: argparse.Namespace
     folder: Path
-    chooses: str = "val, right"
+    chooses: str = "val, loss"
     compared: tuple[str, ...] = ("test, right",)
     falling: frozenset[str] = field(default_factory=lambda: frozenset(["val, loss", "test, loss"]))
     about: str = "shares of right answers, and losses of their tokens"

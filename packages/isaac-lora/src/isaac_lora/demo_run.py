@@ -128,6 +128,7 @@ def merging(folder: Path) -> dict[str, object]:
     return {
         "model_path": folder / "data" / demo.MODEL,
         "adapter": folder / "lora_depth",
+        "dtype": "fp32",  # the tiny base is in half precision
         "output": folder / "merged",
     }
 
