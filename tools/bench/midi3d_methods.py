@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import peft
 import torch
+from floor import begin_graph_at
 from torch import Tensor, nn
 
 from midi3d_lora import lora
@@ -79,7 +79,7 @@ def build(method: str, case: Case, weights: dict[str, Tensor]) -> nn.Module:
     elif method == "full":
         model.requires_grad_(True)
     else:
-        begin_graph_at_targets(model, case)
+        begin_graph_at(model, lora.adapted_layers(model, case.choice))
     return model.train()
 
 
@@ -98,20 +98,6 @@ def with_peft(model: TripoSGDiTModel, case: Case) -> nn.Module:
         r=case.rank, lora_alpha=case.rank, lora_dropout=case.dropout, target_modules=paths
     )
     return peft.get_peft_model(model, config)
-
-
-def begin_graph_at_targets(model: TripoSGDiTModel, case: Case) -> None:
-    """Let the outputs of the target Linears need a gradient, although nothing is trained."""
-
-    def begin(layer: nn.Module, inputs: Any, output: Tensor) -> None:
-        if torch.is_grad_enabled() and not output.requires_grad:
-            output.requires_grad_().register_post_accumulate_grad_hook(forget)
-
-    def forget(output: Tensor) -> None:
-        output.grad = None  # no adapted layer would keep it either
-
-    for path in lora.adapted_layers(model, case.choice):
-        model.get_submodule(path).register_forward_hook(begin)
 
 
 @dataclass(frozen=True)

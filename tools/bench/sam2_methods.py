@@ -6,6 +6,7 @@ from typing import Any
 
 import peft
 import torch
+from floor import begin_graph_at
 from transformers import Sam2Model
 
 from lora_core import targets
@@ -29,7 +30,7 @@ def build(method: str, variant: str, cfg: Config, device: str) -> Sam2Model:
     elif method == "PEFT":
         adapt_with_peft(network, cfg)
     else:
-        begin_graph_at_targets(network, cfg)
+        begin_graph_at(network, targets.resolve(network, placement.lora_config(cfg)))
     return network.train()
 
 
@@ -43,20 +44,6 @@ def adapt_with_peft(network: Sam2Model, cfg: Config) -> None:
         target_modules="|".join(patterns),
     )
     peft.get_peft_model(network, adapter)
-
-
-def begin_graph_at_targets(network: Sam2Model, cfg: Config) -> None:
-    """Let the outputs of the target Linears need a gradient, although nothing is trained."""
-
-    def begin(layer: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        if not output.requires_grad:
-            output.requires_grad_().register_post_accumulate_grad_hook(forget)
-
-    def forget(output: torch.Tensor) -> None:
-        output.grad = None  # no adapted layer would keep it either
-
-    for path in targets.resolve(network, placement.lora_config(cfg)):
-        network.get_submodule(path).register_forward_hook(begin)
 
 
 def random_batch(cfg: Config, objects: int, device: str) -> dict[str, Any]:

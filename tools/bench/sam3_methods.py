@@ -7,6 +7,7 @@ from typing import Any
 
 import peft
 import torch
+from floor import begin_graph_at
 from torch import Tensor, nn
 from transformers import Sam3Config, Sam3Model
 
@@ -86,7 +87,7 @@ def build(
     elif method == "full":
         model.requires_grad_(True)
     else:
-        begin_graph_at_targets(model, cfg)
+        begin_graph_at(model, targets.resolve(model, placement.lora_config(cfg)))
     return model.train(), features
 
 
@@ -102,20 +103,6 @@ def with_peft(model: Sam3Model, cfg: Config) -> peft.PeftModel:
         target_modules="|".join(patterns),
     )
     return peft.get_peft_model(model, adapter)
-
-
-def begin_graph_at_targets(model: Sam3Model, cfg: Config) -> None:
-    """Let the outputs of the target Linears need a gradient, although nothing is trained."""
-
-    def begin(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
-        if torch.is_grad_enabled() and not output.requires_grad:
-            output.requires_grad_().register_post_accumulate_grad_hook(forget)
-
-    def forget(output: Tensor) -> None:
-        output.grad = None  # no adapted layer would keep it either
-
-    for path in targets.resolve(model, placement.lora_config(cfg)):
-        model.get_submodule(path).register_forward_hook(begin)
 
 
 # -- one step ------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any
 
 import peft
 import torch
+from floor import begin_graph_at
 from scenesplat_rooms import room
 from torch import Tensor, nn
 
@@ -71,7 +72,7 @@ def build(method: str, case: Case) -> nn.Module:
     elif method == "full":
         model.requires_grad_(True)
     else:
-        begin_graph_at_targets(model, case)
+        begin_graph_at(model, [layer.path for layer in chosen_layers(model, case.choice)])
     return model.train()
 
 
@@ -82,20 +83,6 @@ def with_peft(model: Any, case: Case) -> nn.Module:
         r=case.rank, lora_alpha=case.rank, lora_dropout=case.dropout, target_modules=paths
     )
     return peft.get_peft_model(model, config)
-
-
-def begin_graph_at_targets(model: nn.Module, case: Case) -> None:
-    """Let the outputs of the target Linears need a gradient, although nothing is trained."""
-
-    def begin(layer: nn.Module, inputs: Any, output: Tensor) -> None:
-        if torch.is_grad_enabled() and not output.requires_grad:
-            output.requires_grad_().register_post_accumulate_grad_hook(forget)
-
-    def forget(output: Tensor) -> None:
-        output.grad = None  # no adapted layer would keep it either
-
-    for layer in chosen_layers(model, case.choice):
-        model.get_submodule(layer.path).register_forward_hook(begin)
 
 
 def random_batch(case: Case) -> dict[str, Any]:
