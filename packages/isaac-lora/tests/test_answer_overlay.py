@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from isaac_lora.answers.overlay import colours_of, counted, drawn, sheet, short
+from isaac_lora.answers.page import WIDEST, fitted, page
 from isaac_lora.answers.tags import Tag, parse, write
 from lora_core.pictures.overlay import BACKGROUND, FOREGROUND, PALETTE, PAPER
 
@@ -74,6 +75,27 @@ def test_answers_stand_side_by_side_with_a_legend() -> None:
     # The base draws nothing: its panel has no colour of a mention.
     assert not (together[:440, : GREY.shape[1]] == PALETTE[0]).all(-1).any()
     assert (together[:440, GREY.shape[1] :] == PALETTE[0]).all(-1).any()
+
+
+def test_answers_stand_in_rows_of_three_on_a_page_that_can_be_read() -> None:
+    box = write([BOX])
+    few, many = (page([GREY], "What?", [("who", box)] * n) for n in (3, 5))
+    assert WIDEST - 8 < many.shape[1] == few.shape[1] <= WIDEST
+    height = fitted(GREY, 3).shape[0]
+    assert height < many.shape[0] - few.shape[0] < 2 * height  # a second row, and two answers
+    middles = [column * WIDEST // 3 + WIDEST // 6 for column in range(3)]
+    below = many[few.shape[0] - height // 2 : few.shape[0]]
+    drawn_there = [(below[:, x - 200 : x + 200] == 128).all(-1).any() for x in middles]
+    assert drawn_there == [True, True, False]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (48, 64), (3000, 2000), (400, 801), (10, 4000)])
+def test_no_page_is_wider_than_it_may_be(shape: tuple[int, int]) -> None:
+    picture = np.zeros((*shape, 3), dtype=np.uint8)
+    for count in (1, 2, 3, 5):
+        assert page([picture, picture], "What?", [("who", write([BOX]))] * count).shape[1] <= WIDEST
+        place = fitted(picture, min(count, 3))
+        assert drawn(place, []).shape == place.shape  # which is not enlarged again
 
 
 def test_captions_count_what_an_answer_holds() -> None:

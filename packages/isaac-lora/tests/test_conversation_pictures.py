@@ -28,7 +28,7 @@ def in_memory(picture: Image.Image, kind: str) -> str:
 
 def test_relative_absolute_and_inline_pictures_are_the_same(tmp_path: Path) -> None:
     path = write_picture(tmp_path / "a.png")
-    for source in ("a.png", str(path), f"file://{path}", uri(path)):
+    for source in ("a.png", str(path), uri(path)):
         assert picture_size(source, tmp_path) == (23, 31)
         assert np.array_equal(read_picture(source, tmp_path), noise(23, 31))
 
@@ -114,6 +114,7 @@ def test_arrays_that_are_no_pictures_are_refused(array: Any, said: str) -> None:
         ("data:text/plain;base64,aGVsbG8=", "expected data:image"),
         ("data:image/png,abc", "expected data:image"),
         ("https://example.com/a.png", "download it"),
+        ("file:///etc/passwd", "expected a path, not a URL"),
         ("a\0.png", "no file can have this name"),
         ("\ud800.png", "no file can have this name"),
         ("a" * 5000, "no file can have this name"),
@@ -123,6 +124,36 @@ def test_sources_that_are_none_say_why(source: str, said: str) -> None:
     with pytest.raises(DataError, match=said) as told:
         picture_size(source)
     assert len(str(told.value)) < 400
+
+
+@pytest.mark.fault("H15", "H16")
+def test_relative_paths_stay_in_the_image_folder(tmp_path: Path) -> None:
+    folder, other = tmp_path / "images", tmp_path / "images_of_others"
+    (folder / "part").mkdir(parents=True)
+    other.mkdir()
+    secret = write_picture(other / "a.png")
+    write_picture(folder / "a.png")
+    (folder / "link.png").symlink_to(secret)
+    (folder / "away").symlink_to(other)
+    (folder / "near").symlink_to(folder / "part")
+    (tmp_path / "entry").symlink_to(folder)
+    for name in ("../images_of_others/a.png", "part/../../images_of_others/a.png", "link.png",
+                 "away/a.png", "near/../../images_of_others/a.png"):  # fmt: skip
+        for look in (picture_size, read_picture):
+            with pytest.raises(DataError, match=r"leads out of .*/images: write its"):
+                look(name, folder)
+    for name in ("part/../a.png", "near/../a.png", str(folder / "link.png"), str(secret)):
+        assert picture_size(name, tmp_path / "entry") == (23, 31)
+
+
+@pytest.mark.fault("H15")
+@pytest.mark.parametrize("name", hostile.ESCAPES)
+def test_no_path_of_an_attacker_reads_anything(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "a" / "images"
+    folder.mkdir(parents=True)
+    write_picture(tmp_path / "a" / "b.png")
+    with pytest.raises(DataError):
+        picture_size(name, folder)
 
 
 @pytest.mark.fault("D02", "D07")

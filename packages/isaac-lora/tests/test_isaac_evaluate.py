@@ -56,6 +56,7 @@ def test_base_beside_lora_with_the_figures_of_python(
     assert len(list((tmp_path / "e").glob("example_*.png"))) == 5
     out = capsys.readouterr().out
     assert "5 questions" in out
+    assert "evaluation.json, answers.csv, 5 pages example_*.png -> " in out
     assert "pointing_accuracy" in out
     assert "exact_match" in out
 

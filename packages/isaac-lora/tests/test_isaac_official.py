@@ -19,6 +19,7 @@ from isaac_lora.adapter_files import read_adapter, save_adapter
 from isaac_lora.config import Config
 from isaac_lora.depth.settings import write_depth_settings
 from isaac_lora.lora import lora_parameters
+from isaac_lora.model_options import ModelOptions
 from isaac_lora.official import check_folder, find_model, load_model, read_config
 from lora_core.errors import CheckpointError, ConfigError, DataError
 
@@ -297,6 +298,23 @@ def test_a_damaged_depth_json_is_told_before_weights_are_read(folder: Path) -> N
         run_model.glance(config(folder))
 
 
+def test_an_adapter_of_another_model_is_told_before_weights_are_read(
+    source: Path, tmp_path: Path
+) -> None:
+    cfg = config(source)
+    model = run_model.adapted(run_model.build(cfg), cfg)
+    folder = save_adapter(model, tmp_path / "adapter")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    short = {name: tensor[:, :-1].clone() for name, tensor in tensors.items()}
+    save_file(short, folder / "adapter_model.safetensors", {"format": "pt"})
+    for check in (
+        lambda: run_model.glance(config(source, adapter=str(folder))),
+        ModelOptions(model_path=str(source), adapter=str(folder)).glance,
+    ):
+        with pytest.raises(CheckpointError, match="does not fit"):
+            check()
+
+
 def test_all_that_is_wrong_is_told_before_weights_are_read(folder: Path) -> None:
     change(folder, lambda tensors: tensors["model.norm.weight"].fill_(torch.nan))  # not looked at
     for file in (GOLDENS / "tokenizer").iterdir():
@@ -317,7 +335,7 @@ def test_a_depth_checkpoint_that_is_not_used_is_said(
     source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_model.glance(config(source, depth_checkpoint_path="depth_anything_v2_vits.pth"))
-    assert "not --use_depth: images have no depth" in capsys.readouterr().out
+    assert "without --use_depth True images have no depth" in capsys.readouterr().out
 
 
 def test_a_missing_adapter_and_a_missing_model_are_told_together(tmp_path: Path) -> None:

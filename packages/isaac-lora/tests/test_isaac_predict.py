@@ -8,12 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import taught_isaac
+import torch
 from isaac_texts import record, write_picture, write_records
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from taught_isaac import BOX, POINT, taught, world
 
-from isaac_lora import predict
+from isaac_lora import evaluate, official, predict
+from isaac_lora.asking import Said
 from isaac_lora.conversations.records import read_conversations
+from isaac_lora.prompts import questions_of
+from lora_core.adapters.read import TENSORS
 from lora_core.errors import CheckpointError, ConfigError, DataError
 
 
@@ -203,6 +208,12 @@ def test_a_model_without_an_adapter_answers_alone(tmp_path: Path) -> None:
     assert list(one["answers"]) == ["model"]
 
 
+def test_an_empty_answer_is_told_as_such(capsys: pytest.CaptureFixture[str]) -> None:
+    question = questions_of(taught_isaac.examples()[0])[0]
+    predict.tell([question], {"LoRA": [Said(" ", True)]})
+    assert "  LoRA: (no words)\n" in capsys.readouterr().out
+
+
 # -- depth -----------------------------------------------------------------------------------------
 
 
@@ -286,8 +297,40 @@ def test_a_precision_that_the_device_lacks_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_adapter_is_no_base(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="This is a LoRA adapter: pass it as --adapter"):
+    advice = "This is a LoRA adapter: pass it as --adapter, and its base in its place"
+    with pytest.raises(CheckpointError, match=advice):
         predict.main(words(tmp_path / "p", model_path=taught(), question="Hello?"))
+
+
+@pytest.mark.fault("H35", "K28", "K29")
+def test_an_adapter_that_does_not_fit_is_told_before_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = load_file(taught() / TENSORS)
+    monkeypatch.setattr(official, "load_model", lambda *_: pytest.fail("weights were read"))
+    names = sorted(good)
+    first = good[names[0]]
+    faults: dict[str, dict[str, Any]] = {
+        "NaN or infinite": good | {names[0]: torch.full_like(first, torch.nan)},
+        "missing": {name: good[name] for name in names[1:]},
+        "shape": good | {names[0]: first[:, 1:].clone()},
+    }
+    folder = Path(shutil.copytree(taught(), tmp_path / "adapter"))
+    for problem, tensors in faults.items():
+        save_file(tensors, folder / TENSORS, {"format": "pt"})
+        for program in (predict, evaluate):
+            with pytest.raises(CheckpointError, match=problem):
+                program.main(on_data(tmp_path / "p", adapter=folder))
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_an_image_folder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "nowhere"
+    with pytest.raises(DataError) as caught:
+        predict.main(on_data(tmp_path / "p", image_folder=folder))
+    assert str(caught.value) == f"--image_folder: {folder} is not there"
+    with pytest.raises(DataError, match="is no folder"):
+        predict.main(on_data(tmp_path / "p", image_folder=world() / "data.json"))
 
 
 def test_a_base_with_an_adapter_in_it_is_refused(tmp_path: Path) -> None:

@@ -17,10 +17,13 @@ from isaac_texts import record, write_picture, write_records
 from recorded_isaac import sample
 from tiny_isaac_run import rows
 
-from isaac_lora import IsaacForConditionalGeneration
+from isaac_lora import IsaacForConditionalGeneration, official
 from isaac_lora.adapter_files import load_adapter, read_adapter
+from isaac_lora.artifacts import refuse_existing
+from isaac_lora.config import Config
 from isaac_lora.official import load_model
 from isaac_lora.train import main
+from lora_core.errors import ConfigError
 
 PACKAGE = Path(__file__).parents[1]
 LOSS = ("step", "split", "loss")
@@ -102,6 +105,10 @@ def test_the_output_folder_is_the_adapter(trained: Path) -> None:
     assert summary["best_step"] == min((3, 6), key=validation.__getitem__)
     best = trained / "state" / f"checkpoint-{summary['best_step']}" / "adapter"
     assert same(trained, best)
+    assert "loss" in summary["best"]
+    for name in ("training_summary.json", "README.md"):
+        assert "minus_loss" not in (trained / name).read_text("utf-8")
+    assert "minus_loss" not in json.dumps(read_adapter(trained).file.metadata)
 
 
 def test_the_snippet_of_the_guide_loads_it(
@@ -275,6 +282,20 @@ def test_other_data_or_settings_do_not_continue_a_run(
     assert "lora_dropout" in capsys.readouterr().err
 
 
+def test_a_warm_start_says_and_keeps_the_figures_of_its_adapter(
+    trained: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = {"lora_r": 3, "lora_alpha": 9, "max_steps": 1, "val_data_path": None}
+    output = run(data, tmp_path / "run", adapter=trained, **more)
+    said = capsys.readouterr().out
+    assert "adapted layers: decoder 14, projector 2" in said
+    assert f"starting from {trained}: its rank 2, alpha 4" in said
+    assert "lora_r: 2\n" in (output / "config.yaml").read_text()
+    assert read_adapter(output).r == 2
+    assert main(["--resume", str(output), "--max_steps", "2"]) == 0
+    assert len(rows(output)) == 2
+
+
 # -- what is refused before the weights are read ---------------------------------------------------
 
 
@@ -301,6 +322,87 @@ def test_all_problems_are_told_together(
     )  # fmt: skip
     for part in ("no.json: no such file", "no checkpoint", "lr_scheduler_kwargs"):
         assert part in said, said
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"fp16": "true"}, "--fp16 True needs a GPU, and this run is on the CPU: leave it out"),
+        ({"image_folder": "nowhere"}, "nowhere is not there"),
+    ],
+)
+def test_a_mistake_of_the_command_line_is_one_line(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: Any, said: str
+) -> None:
+    found = refused(capsys, data, tmp_path / "run", **more)
+    assert said in found
+    assert found.count("\n") == 1
+
+
+@pytest.mark.parametrize("dry", ["true", "false"])
+def test_an_adapter_of_other_depth_is_told_before_weights_are_read(
+    deep: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    dry: str,
+) -> None:
+    monkeypatch.setattr(official, "load_model", lambda *_: pytest.fail("weights were read"))
+    more = tiny_isaac_run.depth(data) | {"depth_alpha": 7, "adapter": deep, "dry_run": dry}
+    assert "depth_alpha: trained with 100, used with 7" in refused(
+        capsys, data, tmp_path / "run", **more
+    )
+
+
+@pytest.mark.fault("C29")
+def test_a_depth_model_that_is_not_used_is_a_warning(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(data, tmp_path / "run", depth_checkpoint_path=data / "depth", dry_run=True)
+    assert (
+        "warning: --depth_checkpoint_path is given, but without --use_depth True images have no "
+        "depth\n"
+    ) in capsys.readouterr().out
+
+
+def test_files_that_no_run_has_written_stay(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for name in ("README.md", "config.yaml"):
+        (mine / name).write_text("mine")
+    for words in ([], ["--overwrite"]):
+        assert main([*tiny_isaac_run.command(data, mine), *words]) == 2
+        said = capsys.readouterr().err
+        assert "holds README.md, config.yaml, which no run of isaac-lora has written" in said
+        assert {path.read_text() for path in mine.iterdir()} == {"mine"}
+    before = sorted((data / "images").iterdir())
+    said = refused(capsys, data, data / "images")
+    assert f"{before[2].name} and {len(before) - 3} more, which no run of isaac-lora" in said
+    assert sorted((data / "images").iterdir()) == before
+
+
+def test_what_may_be_there_before_a_run_is_no_reason_to_refuse_it(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (folder / "cache").mkdir(parents=True)
+    for name in ("slurm-7.out", "job.log", ".hidden", "bad_samples.jsonl"):
+        (folder / name).touch()
+    refuse_existing(Config(model_path="m", data_path="d", output_dir=str(folder)))
+    (folder / "photo.jpg").touch()
+    with pytest.raises(ConfigError, match=r"holds photo\.jpg, which no run"):
+        refuse_existing(Config(model_path="m", data_path="d", output_dir=str(folder)))
+
+
+@pytest.mark.fault("R37")
+def test_a_full_disk_is_told_before_weights_are_read(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(official, "load_model", lambda *_: pytest.fail("weights were read"))
+    assert "the run will write up to" in refused(capsys, data, tmp_path / "run")
 
 
 def test_a_setting_of_transformers_is_named_by_its_own_flag(

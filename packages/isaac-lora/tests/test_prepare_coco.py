@@ -14,6 +14,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from isaac_lora.answers.tags import parse
+from isaac_lora.conversations.pictures import picture_size
 from isaac_lora.conversations.records import read_conversations
 from isaac_lora.prepare import main
 from isaac_lora.prepare_coco import Options, prepare
@@ -365,7 +366,10 @@ def test_links_out_of_the_data_are_refused_unless_allowed(source: Path, output: 
     (source / "train" / "0.png").symlink_to(target)
     with pytest.raises(DataError, match="a link that leads out of"):
         run(source, output)
-    assert len(run(source, output, follow_links=True)["train"]) == 4
+    made = run(source, output, follow_links=True)["train"]
+    assert len(made) == 4
+    for record in made:  # what training takes
+        assert picture_size(record["image"], source) == SIZE
 
 
 @pytest.mark.fault("H47")

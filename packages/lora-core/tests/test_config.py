@@ -354,6 +354,29 @@ def test_help_is_grouped_with_defaults_and_describes_the_trainer_field(capsys):
     assert "--lora.blocks N [N ...]" in text
 
 
+@dataclass
+class Ordered:
+    group_order = ("model", "data")
+
+    guard: int = option(1, "Guard.", "guards")
+    images: str = option("", "Pictures. (required)", "data")
+    model: str = option("a", "Model.", "model")
+
+
+def test_groups_have_the_order_that_the_settings_name(capsys):
+    with pytest.raises(SystemExit):
+        parse(Ordered, ["--help"], prog="test", description="Train 100 %.\n\nRefused: all.")
+    text = capsys.readouterr().out
+    places = [text.index(word) for word in ("Train 100 %.", "general:", "--model", "--images")]
+    places += [text.index(word) for word in ("--guard", "Refused: all.")]
+    assert places == sorted(places)
+    assert "(required)\n" in text
+    with pytest.raises(SystemExit):
+        parse(Ordered, ["--print_config"], prog="test")
+    names = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert [name for name in names if name[:1] != "#"] == ["model", "images", "guard"]
+
+
 def test_print_config_is_a_file_with_the_same_settings(capsys, yaml):
     with pytest.raises(SystemExit) as stop:
         read("--steps", "7", "--lora.rank", "3", "--print_config")

@@ -11,6 +11,7 @@ every layer that has it, and `q_proj` or `1` would mean others as well.
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -171,6 +172,24 @@ def load_adapter(
         model, adapter.file, ADAPTER, trainable=trainable, allow_partial=allow_partial
     )
     return adapter
+
+
+def check_fit(
+    empty: IsaacForConditionalGeneration, adapter: Adapter, allow_partial: bool = False
+) -> None:
+    """Put an adapter on a model without weights; what there is to warn of comes with the weights.
+
+    Args:
+        empty: on the meta device. allow_partial: see `load_adapter`.
+
+    Raises:
+        CheckpointError: it does not fit.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        load_adapter(
+            empty, adapter, depth=adapter.depth, trainable=True, allow_partial=allow_partial
+        )
 
 
 def depth_of(model: IsaacForConditionalGeneration) -> DepthSettings | None:

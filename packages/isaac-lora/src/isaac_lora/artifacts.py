@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 from isaac_lora.config import PATHS, Config
 from lora_core import epoch_run, preflight
 from lora_core.epoch_run import Artifacts, EpochRun
-from lora_core.errors import CheckpointError, ConfigError
+from lora_core.errors import CheckpointError, ConfigError, UserError, one_line
 from lora_core.run_folder import RunFolder, named, travelling
+from lora_core.validate import REPORT
 
 if TYPE_CHECKING:
     from isaac_lora.network.isaac import IsaacForConditionalGeneration
@@ -35,6 +36,7 @@ TENSORS, SETTINGS, CARD, DEPTH = (
     "adapter_model.safetensors", "adapter_config.json", "README.md", "depth.json"
 )  # fmt: skip
 CHECKPOINT = re.compile(r"checkpoint-\d+")
+BEFORE_A_RUN = re.compile(rf"\..*|.*\.(log|out|err)|{REPORT}|events\.out\.tfevents\..*", re.DOTALL)
 # What is copied of a tokenizer, as `save_pretrained` of transformers names it.
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
@@ -85,7 +87,31 @@ def refuse_existing(cfg: Config) -> None:
             f"{FOLDER} {place} holds an adapter that no run of isaac-lora has written there: "
             f"choose another {FOLDER}, or replace it with --overwrite"
         )
+    if strange := _of_nobody(run):
+        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+        raise ConfigError(
+            f"{FOLDER} {place} holds {one_line(', '.join(strange[:3]))}{more}, which no run of "
+            f"isaac-lora has written there: choose another {FOLDER}"
+        )
     epoch_run.refuse_existing(run, cfg, FOLDER)
+
+
+def _of_nobody(run: IsaacRun) -> list[str]:
+    """Files in a folder without a run: a run would replace some, and lie among the others.
+
+    What may be there before a run, such as logs of a job's scheduler, does not count.
+    """
+    if run.best.is_file() or run.text.is_file() or run.state.is_dir():
+        return []
+    try:
+        run.settings(Config)
+    except UserError:  # there are none, or not those of a run
+        return sorted(
+            path.name
+            for path in run.folder.glob("*")
+            if not path.is_dir() and not BEFORE_A_RUN.fullmatch(path.name)
+        )
+    return []
 
 
 def start(run: IsaacRun, cfg: Config, about: str) -> IsaacRun:
@@ -138,6 +164,11 @@ def checkpoint_of(run: RunFolder, resume: str) -> str | bool:
 # -- results ---------------------------------------------------------------------------------------
 
 
+def shown(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What files say of a validation: without `minus_loss`, which the trainer alone needs."""
+    return {name: value for name, value in metrics.items() if name != "minus_loss"}
+
+
 @dataclass
 class IsaacArtifacts(Artifacts):
     """Writes the adapter of a run into its folder."""
@@ -146,7 +177,7 @@ class IsaacArtifacts(Artifacts):
 
     def best(self, step: int, metrics: Mapping[str, float]) -> None:
         """Save the adapter that the network has now as the one to use."""
-        self.save(self.run.folder, self._facts(step, metrics))
+        self.save(self.run.folder, self._facts(step, shown(metrics)))
 
     def adapter(self, folder: Path) -> None:
         """Save the adapter that the network has now into a folder of a training state."""

@@ -44,7 +44,9 @@ class Config(TrainingFlags, Guards):
         ConfigError: values that cannot work, all of them.
     """
 
-    model_path: str = option("", "The model's folder, as published (required).", "model")
+    group_order = ("model", "data", "LoRA", "training", "output")
+
+    model_path: str = option("", "The model's folder, as published. (required)", "model")
     use_depth: bool = option(False, "Add the depth of each image to its tokens.", "model")
     depth_checkpoint_path: str | None = option(
         None, "Depth Anything V2: its .pth file, or a transformers folder.", "model"
@@ -54,7 +56,7 @@ class Config(TrainingFlags, Guards):
         INPUT_SIZE, "Side of the square that the depth model sees, a multiple of 14.", "model"
     )
 
-    data_path: str = option("", "Conversations: a JSON list or lines (required).", "data")
+    data_path: str = option("", "Conversations: a JSON list or lines. (required)", "data")
     image_folder: str | None = option(None, "Where relative paths of images begin.", "data")
     val_data_path: str | None = option(None, "Conversations to validate with.", "data")
     val_fraction: float = option(
@@ -95,7 +97,7 @@ class Config(TrainingFlags, Guards):
         "LoRA",
     )
 
-    output_dir: str = option("", "Folder of the run and its adapter (required).", "training")
+    output_dir: str = option("", "Folder of the run and its adapter. (required)", "training")
     num_train_epochs: float = option(3.0, "Passes over the conversations.", "training")
     max_steps: int = option(-1, "Updates, in place of num_train_epochs; -1: not.", "training")
     per_device_train_batch_size: int = option(8, "Samples per step and device.", "training")
@@ -113,7 +115,7 @@ class Config(TrainingFlags, Guards):
     )
     lr_scheduler_type: Schedule = option("linear", "The learning rate over the run.", "training")
     warmup_steps: float = option(
-        0, "Updates of linear warm-up, or below 1 their share of all updates.", "training"
+        0.0, "Updates of linear warm-up, or below 1 their share of all updates.", "training"
     )
     warmup_ratio: float | None = option(None, "The same as a share.", "training")
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay.", "training")

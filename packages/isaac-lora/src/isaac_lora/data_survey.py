@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +25,12 @@ Parts = dict[str, Reading]  # by split
 
 
 def find_files(cfg: Config) -> None:
-    """Look whether the conversation files are there; they are not read.
+    """Look whether the conversation files and the folder of pictures are there; none is read.
 
     Raises:
         DataError: missing, or no regular files; all of them together.
     """
-    problems = []
+    problems = list(folder_problems(cfg))
     for place in filter(None, (cfg.data_path, cfg.val_data_path)):
         try:
             open_regular(Path(place)).close()
@@ -70,6 +70,14 @@ def read_parts(cfg: Config) -> Parts:
 def folder_of(cfg: Config) -> Path | None:
     """What relative paths of pictures start from; None: the working directory."""
     return Path(cfg.image_folder) if cfg.image_folder else None
+
+
+def folder_problems(cfg: Config) -> Iterator[str]:
+    """Yield what is wrong with the folder of pictures: one line, and not one per conversation."""
+    folder = folder_of(cfg)
+    if folder is not None and not folder.is_dir():
+        found = "is no folder" if folder.exists() else "is not there"
+        yield f"--image_folder: {one_line(folder.absolute())} {found}"
 
 
 def settled(

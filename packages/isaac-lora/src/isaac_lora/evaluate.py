@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 RESULTS = "evaluation.json"
 ANSWERS = "answers.csv"
+EXAMPLE = "example_"  # begins the names of pages
 TEXT = "Score answers on conversations: base, LoRA, and LoRA with the wrong depth."
 CONTROLS = ("shuffled_depth", "constant_depth", "without_depth")
 
@@ -120,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(Options, argv or [], prog="isaac-lora evaluate", description=TEXT)
     processor, examples = ready(options)
 
-    from lora_core.report import say
+    from lora_core.report import plural, say
 
     questions = chosen(examples, options)
     depths = sources(examples, processor, options)
@@ -131,7 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for note in found:
         say(f"note: {note}")
     write(options, processor, questions, results, found)
-    say(f"{RESULTS}, {ANSWERS} -> {Path(options.output).absolute()}")
+    pages = plural(min(options.examples, len(questions)), "page")
+    say(f"{RESULTS}, {ANSWERS}, {pages} {EXAMPLE}*.png -> {Path(options.output).absolute()}")
     return 0
 
 
@@ -338,7 +340,7 @@ def write(
     for number, (question, name) in enumerate(zip(questions, file_names(questions), strict=True)):
         if id(question) in drawn:
             said = [(who, one.said[number].text) for who, one in results.items()]
-            save(folder / f"example_{name}.png", page_of(question, said, processor))
+            save(folder / f"{EXAMPLE}{name}.png", page_of(question, said, processor))
     with atomic_write(folder / ANSWERS) as file:
         file.write(answers_table(questions, results).encode("utf-8"))
     content = {

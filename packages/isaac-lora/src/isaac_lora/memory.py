@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from isaac_lora.config import Config
+from lora_core.report import plural
 
 if TYPE_CHECKING:
     from isaac_lora.examples import Row
@@ -43,8 +44,8 @@ def describe(batch: dict[str, Any]) -> str:
     """How many tokens and pictures of which conversations."""
     names, tokens = batch["keys"], tuple(batch["input_ids"].shape)
     shown = ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
-    pictures = len(batch.get("grids", ()))
-    return f"{tokens[0]} x {tokens[1]} tokens, {pictures} pictures, of {shown}"
+    pictures = plural(len(batch.get("grids", ())), "picture")
+    return f"{tokens[0]} x {tokens[1]} tokens, {pictures}, of {shown}"
 
 
 # -- the largest batch -----------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -79,7 +78,7 @@ def ready(options: Options) -> Adapter:
         CheckpointError: a base or adapter that is missing or does not fit.
     """
     from isaac_lora import merged_folder, official
-    from isaac_lora.adapter_files import load_adapter, read_adapter
+    from isaac_lora.adapter_files import check_fit, read_adapter
     from lora_core.disk import check_space
     from lora_core.preflight import check_all, writable
 
@@ -89,9 +88,7 @@ def ready(options: Options) -> Adapter:
     def fits() -> None:
         found.append(read_adapter(options.adapter))
         empty = official.check_folder(official.find_model(base))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they come again with the weights
-            load_adapter(empty, found[0], depth=found[0].depth, allow_partial=options.allow_partial)
+        check_fit(empty, found[0], options.allow_partial)
         merged_folder.refuse_history(base, found[0])
         files = {"merged model": merged_folder.bytes_of(base, options.dtype)}
         check_space(files, output.absolute().parent)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from isaac_lora import lora, official
-from isaac_lora.adapter_files import load_adapter
+from isaac_lora.adapter_files import check_fit, find_adapter, load_adapter, read_adapter
 from isaac_lora.config import Config
 from isaac_lora.conversations.tokenizer_files import find_tokenizer
 from isaac_lora.depth.checkpoint import find_depth_checkpoint
 from isaac_lora.depth.depth_cache import DepthGrids
 from isaac_lora.depth.settings import check_adapter, read_depth_settings, setting_problems
 from isaac_lora.lora_choice import LoraChoice, names_of
-from lora_core import preflight
+from lora_core import injection, preflight
 from lora_core.adapters import on_base
+from lora_core.adapters.match import size_limit
 from lora_core.errors import ConfigError, listing
 from lora_core.report import say
 
@@ -104,8 +107,7 @@ def build(
     """
     folder = folder_of(cfg)
     depths = depths or depths_of(cfg)
-    if read_depth_settings(folder) is not None:  # merged with an adapter that used depth
-        check_adapter(folder, None if depths is None else depths.settings(cfg.depth_alpha))
+    _check_depth(cfg, depths)
     model = official.load_model(folder, dtype)
     model.config.use_depth = cfg.use_depth
     if cfg.use_depth:
@@ -117,6 +119,50 @@ def build(
     return model.requires_grad_(False)
 
 
+def _check_depth(cfg: Config, depths: DepthGrids | None) -> None:
+    """Compare the depth of a run with that of the merged model or the adapter that it begins with.
+
+    Raises:
+        CheckpointError: they differ. Warns: one uses depth and the other does not.
+    """
+    folders = []
+    if read_depth_settings(folder_of(cfg)) is not None:  # merged with an adapter that used depth
+        folders.append(folder_of(cfg))
+    if cfg.adapter:
+        place = find_adapter(cfg.adapter)
+        folders.append(place if place.is_dir() else place.parent)
+    for folder in folders:
+        check_adapter(folder, None if depths is None else depths.settings(cfg.depth_alpha))
+
+
+def planned(cfg: Config, dtype: torch.dtype = torch.float32) -> IsaacForConditionalGeneration:
+    """What a run trains, on the meta device, as far as names and shapes tell.
+
+    Raises:
+        CheckpointError, ConfigError: as `adapted`.
+    """
+    model = skeleton(cfg).to(dtype).requires_grad_(False)
+    if cfg.adapter:
+        check_fit(model, read_adapter(cfg.adapter, size_limit(model)))
+    else:
+        lora.inject(model, choice_of(cfg))
+    return model
+
+
+def as_planned(cfg: Config, empty: IsaacForConditionalGeneration) -> Config:
+    """The configuration with the figures of the adapters that a model has.
+
+    They are those of `--adapter` in a warm start, and are kept in the files of the run.
+
+    Args:
+        empty: see `planned`.
+    """
+    found = injection.configs(empty)[lora.ADAPTER]
+    return replace(
+        cfg, lora_r=found.r, lora_alpha=found.lora_alpha, lora_dropout=found.lora_dropout
+    )
+
+
 def adapted(model: IsaacForConditionalGeneration, cfg: Config) -> IsaacForConditionalGeneration:
     """Put the adapters of a configuration on its base, train nothing else, and say what is adapted.
 
@@ -125,12 +171,18 @@ def adapted(model: IsaacForConditionalGeneration, cfg: Config) -> IsaacForCondit
         ConfigError: impossible LoRA settings.
     """
     if cfg.adapter:
-        load_adapter(model, cfg.adapter, trainable=True)
-        say(f"starting from {cfg.adapter}; its rank, alpha and layers are used")
-        return model
-    summary = lora.inject(model, choice_of(cfg))
+        found = read_adapter(cfg.adapter, size_limit(model))
+        load_adapter(model, found, depth=found.depth, trainable=True)  # its depth: see `glance`
+        summary = injection.summary(model)
+    else:
+        summary = lora.inject(model, choice_of(cfg))
     say(summary)
     say(f"adapted layers: {lora.by_part([row.path for row in summary.rows])}")
+    if cfg.adapter:
+        say(
+            f"starting from {cfg.adapter}: its rank {found.r}, alpha {found.alpha:g}, dropout, "
+            "biases and layers are used; settings of LoRA given here do not count"
+        )
     return model
 
 
@@ -155,10 +207,14 @@ def glance(cfg: Config) -> None:
         ConfigError: layers that do not exist; depth settings that do not go with its model.
     """
     if cfg.depth_checkpoint_path and not cfg.use_depth:
-        say("Note: --depth_checkpoint_path is given, but not --use_depth: images have no depth")
+        say(
+            "warning: --depth_checkpoint_path is given, but without --use_depth True images have "
+            "no depth"
+        )
     preflight.check_all(
         lambda: on_base.refuse_missing(cfg.adapter), lambda: _base_fits(cfg), lambda: depths_of(cfg)
     )
+    _check_depth(cfg, depths_of(cfg))
 
 
 def _base_fits(cfg: Config) -> None:
@@ -170,4 +226,7 @@ def _base_fits(cfg: Config) -> None:
     ]
     if not cfg.adapter:
         checks.append(lambda: lora.adapted_layers(model, choice_of(cfg)))
+    elif os.path.exists(cfg.adapter):  # told otherwise
+        adapter = cfg.adapter
+        checks.append(lambda: check_fit(model, read_adapter(adapter, size_limit(model))))
     preflight.check_all(*checks)

@@ -90,16 +90,18 @@ class ModelOptions:
             ConfigError, CheckpointError: what cannot work, all together.
         """
         from isaac_lora import official
+        from isaac_lora.adapter_files import check_fit
         from isaac_lora.conversations.tokenizer_files import find_tokenizer
         from lora_core import preflight
         from lora_core.adapters import on_base
 
         preflight.libraries("isaac-lora", "pictures")
+        empty: list[IsaacForConditionalGeneration] = []
 
         def base() -> None:
             folder = official.find_model(self.model_path)
             preflight.check_all(
-                lambda: official.check_folder(folder), lambda: find_tokenizer(folder)
+                lambda: empty.append(official.check_folder(folder)), lambda: find_tokenizer(folder)
             )
 
         def adapter() -> None:
@@ -107,6 +109,8 @@ class ModelOptions:
             self.check_depth()
 
         preflight.check_all(base, adapter)
+        if self.trained is not None:
+            check_fit(empty[0], self.trained)
 
     def check_depth(self) -> None:
         """Compare the depth of the options with that of the adapter or merged model.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from isaac_lora.config import Config
 from isaac_lora.frozen_features import FrozenFeatures
+from lora_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from lora_core.training.loss import Loss
@@ -34,6 +35,21 @@ def loss_of(cfg: Config, features: FrozenFeatures) -> Loss:
 def precision(cfg: Config) -> str:
     """The precision that settings ask for, as `choose_precision` takes it; a CPU has fp32."""
     return "fp32" if cfg.precision == "auto" and cfg.device == "cpu" else cfg.precision
+
+
+def check_precision(cfg: Config) -> None:
+    """Refuse `--fp16` and `--bf16` on a CPU, in these words; a dry run may be for another machine.
+
+    Raises:
+        ConfigError: see above; there is no such device.
+    """
+    from lora_core.training.arguments import choose_device
+
+    given = precision(cfg)
+    if given not in ("fp16", "bf16") or (cfg.dry_run and cfg.device != "cpu"):
+        return
+    if choose_device(cfg.device).type == "cpu":
+        raise ConfigError(f"--{given} True needs a GPU, and this run is on the CPU: leave it out")
 
 
 def schedule(cfg: Config) -> Callable[[int, int], float]:

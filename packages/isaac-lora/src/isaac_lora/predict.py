@@ -278,7 +278,7 @@ def tell(questions: Sequence[Question], said: Answers) -> None:
     for number, question in enumerate(questions[:TOLD]):
         say(f"{one_line(question.example.key)}: {one_line(question.line)}")
         for who, answers in said.items():
-            say(f"  {who}: {one_line(answers[number].text)}")
+            say(f"  {who}: {one_line(answers[number].text).strip() or '(no words)'}")
         if question.answer is not None:
             say(f"  truth: {one_line(question.answer)}")
     if len(questions) > TOLD:

@@ -234,6 +234,7 @@ def conversation(picture: Picture, options: Options) -> dict[str, Any]:
     """
     from isaac_lora.answers.questions import QUESTION, asking_for, question_turns
     from isaac_lora.answers.tags import from_pixels, write
+    from isaac_lora.conversations.pictures import is_inside
 
     there = {thing.name for thing in picture.things}
     names = [name for name in picture.names if options.ask_for == "all" or name in there]
@@ -248,7 +249,9 @@ def conversation(picture: Picture, options: Options) -> dict[str, Any]:
         {"from": "human", "value": turn.text} for turn in question_turns(question, options.answer)
     ]
     answer = {"from": "gpt", "value": write(tags) or options.nothing}
-    return {"id": picture.key, "image": picture.key, "conversations": [*turns, answer]}
+    near = is_inside(Path(options.source), picture.key)  # training follows no link out of it
+    image = picture.key if near else str(picture.image.absolute())
+    return {"id": picture.key, "image": image, "conversations": [*turns, answer]}
 
 
 def _row(split: str, pictures: Sequence[Picture]) -> tuple[object, ...]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from isaac_lora.config import Config
 from isaac_lora.model_options import ModelOptions
 from lora_core.config import option
-from lora_core.errors import DataError
+from lora_core.errors import DataError, listing
 from lora_core.guards import count_problem, unnamed
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class QuestionOptions(ModelOptions):
             DataError: faults in them, all together.
         """
         from isaac_lora.conversations.records import read_conversations
-        from isaac_lora.data_survey import example_of, folder_of, settled
+        from isaac_lora.data_survey import example_of, folder_of, folder_problems, settled
         from lora_core.pictures.survey import left_out
         from lora_core.report import say
         from lora_core.validate import REPORT, write_report
@@ -84,6 +84,8 @@ class QuestionOptions(ModelOptions):
             max_bad_fraction=self.max_bad_fraction,
             output_dir=self.output,
         )
+        if problems := list(folder_problems(cfg)):
+            raise DataError(listing(problems))
         reading = read_conversations(path, image_first=self.image_first, answered=answered)
         reading.stop_if_wrong()
         found, bad = settled({PART: reading}, cfg, processor, answered)

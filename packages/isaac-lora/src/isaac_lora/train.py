@@ -14,6 +14,7 @@ from isaac_lora.artifacts import (
     find_run,
     refuse_existing,
     run_in,
+    shown,
     start,
     writable,
 )
@@ -108,10 +109,14 @@ def ready(cfg: Config, *checks: Callable[[], object]) -> None:
     from isaac_lora import data_survey, model, objective
     from lora_core.training.arguments import check_device
 
-    precision = objective.precision(cfg)
+    def device() -> None:
+        objective.check_precision(cfg)
+        precision = objective.precision(cfg)
+        check_device(cfg.device, precision, cfg.trainer, SHOWN, cfg.dry_run, section="")
+
     preflight.check_all(
         *checks,
-        lambda: check_device(cfg.device, precision, cfg.trainer, SHOWN, cfg.dry_run, section=""),
+        device,
         lambda: objective.schedule(cfg)(0, 100),
         lambda: data_survey.find_files(cfg),
         lambda: model.glance(cfg),
@@ -134,8 +139,12 @@ def fit(cfg: Config, run: IsaacRun | None, device: torch.device) -> int:
     splits = data.load(cfg, processor, lambda make: first_rank_decides(make, device))
     say(f"{splits}\n")
     rows = data.training_rows(cfg, splits)
-    data.updates_per_epoch(cfg, rows)  # whether there are any
     number_format = choose_precision(objective.precision(cfg), device)
+    steps = objective.total_updates(cfg, data.updates_per_epoch(cfg, rows))
+    empty = model.planned(cfg, objective.DTYPES[number_format])
+    cfg = model.as_planned(cfg, empty) if cfg.adapter else cfg
+    use = memory.disk_use(empty, cfg, steps, bool(splits.val))
+    check_space(use, cfg.output_dir, folder_bytes(run.folder) if run else 0)
     cache = frozen_features.cache_of(cfg)
     pictures = frozen_features.pictures_of([*splits.train, *splits.val], processor.rules)
     depths = model.depths_of(cfg, device, cache)
@@ -149,8 +158,6 @@ def fit(cfg: Config, run: IsaacRun | None, device: torch.device) -> int:
     cfg = memory.fitted(net, loss, largest, cfg, number_format)
     updates = data.updates_per_epoch(cfg, rows)
     steps = objective.total_updates(cfg, updates)
-    use = memory.disk_use(net, cfg, steps, bool(splits.val))
-    check_space(use, cfg.output_dir, folder_bytes(run.folder) if run else 0)
     about = f"{splits}\n\n{summary(net)}"
     new = run_in(Path(cfg.output_dir))
     run = run or first_rank_decides(lambda: start(new, cfg, about), device)
@@ -253,7 +260,7 @@ def conclude(
     artifacts.summary(
         steps=step,
         best_step=best and best["step"],
-        best=best and best["metrics"],
+        best=best and shown(best["metrics"]),
         bad_samples=len(samples(splits.bad)),
         dropped_updates=trainer.dropped,
     )

@@ -213,9 +213,9 @@ FIXED = SET_BY_US | REFUSED | EARLIER
 
 
 def description() -> str:
-    """What `--help` says about the fields that are no flags."""
+    """What `--help` says first, and at its end about the fields that are no flags."""
     return (
-        "Train a LoRA of Isaac on conversations about images. Of transformers' TrainingArguments "
-        f"this program sets by itself: {', '.join(SET_BY_US)}. It refuses, and says why: "
-        f"{', '.join(REFUSED)}."
+        "Train a LoRA of Isaac on conversations about images.\n\n"
+        "Of transformers' TrainingArguments this program sets by itself: "
+        f"{', '.join(SET_BY_US)}. It refuses, and says why: {', '.join(REFUSED)}."
     )

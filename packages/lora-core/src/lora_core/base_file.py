@@ -180,7 +180,7 @@ def no_model_folder(folder: Path, needs: str) -> CheckpointError:
     text = f"{folder.absolute()}: a model folder needs {needs}; here is: "
     text += ", ".join(there[:8]) or "nothing"
     if "adapter_config.json" in there:
-        text += ". This is a LoRA adapter: pass it as --adapter, and its base as the checkpoint"
+        text += ". This is a LoRA adapter: pass it as --adapter, and its base in its place"
     if any(name.endswith(".index.json") for name in there) and ".index.json" not in needs:
         text += ". Models in several shards are not read: save it as one model.safetensors"
     if "pytorch_model.bin" in there:

@@ -31,7 +31,8 @@ def _dispatch(program: str, verbs: Mapping[str, str], argv: Sequence[str]) -> in
         return 0
     verb, *rest = argv
     if verb not in verbs:
-        raise ConfigError(f"{program} has no command {verb!r}; {near(verb, verbs)}")
+        hint = near(verb, verbs) or f"see {program} --help"
+        raise ConfigError(f"{program} has no command {verb!r}; {hint}")
     # `demo` holds the data, which imports nothing of the package.
     module = "demo_run" if verb == "demo" else verb.replace("-", "_")
     status: int = import_module(f"{package}.{module}").main(rest)

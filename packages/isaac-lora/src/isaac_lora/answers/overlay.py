@@ -25,7 +25,13 @@ Pixels = NDArray[np.uint8]
 
 
 def sheet(
-    rgb: Pixels, answers: Sequence[tuple[str, str]], title: str = "", asset: int | None = None
+    rgb: Pixels,
+    answers: Sequence[tuple[str, str]],
+    title: str = "",
+    asset: int | None = None,
+    *,
+    columns: int | None = None,
+    letters: int | None = None,
 ) -> Pixels:
     """Panels of one picture, one for each answer, with a legend of the mentions; uint8 [H', W', 3].
 
@@ -35,13 +41,13 @@ def sheet(
         title: a line above all panels.
         asset: the picture's number, if it is one of several: only tags of this picture are drawn,
             and those that name none.
+        columns, letters: as for `panels`.
     """
     read = [(who, _of_picture(parse(text), asset)) for who, text in answers]
     colours = colours_of(tag for _, answer in read for tag in answer.tags)
     pictures = [(counted(who, answer), drawn(rgb, answer.tags, colours)) for who, answer in read]
-    return panels(
-        pictures, one_line(title), [(short(name), tint) for name, tint in colours.items()]
-    )
+    legend = [(short(name), tint) for name, tint in colours.items()]
+    return panels(pictures, one_line(title), legend, columns=columns, letters=letters)
 
 
 def drawn(rgb: Pixels, tags: Sequence[Tag], colours: Mapping[str, Colour] | None = None) -> Pixels:

@@ -13,13 +13,16 @@ from PIL import Image, ImageDraw, ImageFont
 from isaac_lora.answers.overlay import Pixels, sheet
 from isaac_lora.answers.tags import parse
 from lora_core.errors import one_line
-from lora_core.pictures.overlay import INK, PAPER, SMALLEST
+from lora_core.pictures.overlay import INK, LARGEST, PAPER, SMALLEST
 
 if TYPE_CHECKING:
     from isaac_lora.processing import IsaacProcessor
     from isaac_lora.prompts import Question
 
 MOST_LINES = 8  # of the question, and of each answer
+COLUMNS = 3  # panels in a row, at most
+WIDEST, LETTERS = 1600, 16  # pixels: a page, and the height of all its letters
+GAP = LETTERS * 8 // 5 // 2  # between panels, as `panels` leaves it
 TRUTH = "truth"
 
 
@@ -43,7 +46,8 @@ def page_of(
 def page(pictures: Sequence[Pixels], question: str, said: Sequence[tuple[str, str]]) -> Pixels:
     """Pictures below each other, a panel of each for every answer; then all texts.
 
-    Answers without any tag share one panel.
+    Answers without any tag share one panel. Pictures are enlarged or made smaller, so that the
+    panels of a row fit in `WIDEST` pixels.
 
     Args:
         pictures: uint8 [H, W, 3] each. A tag that names none of several means the last one.
@@ -55,18 +59,35 @@ def page(pictures: Sequence[Pixels], question: str, said: Sequence[tuple[str, st
     several, last = len(pictures) > 1, len(pictures) - 1
     has_tags = any(parse(text).tags for _, text in said)
     panels = said if has_tags else [("", "")]
-    parts = [
-        sheet(
-            picture,
-            [(who, _of_last(text, number == last)) for who, text in panels],
-            f"image {number}" if several else "",
-            number if several else None,
+    parts = []
+    for number, picture in enumerate(pictures):
+        strip = picture.shape[1] > 2 * picture.shape[0]
+        columns = 1 if strip else min(COLUMNS, len(panels))
+        answers = [(who, _of_last(text, number == last)) for who, text in panels]
+        title, asset = (f"image {number}", number) if several else ("", None)
+        part = sheet(
+            fitted(picture, columns), answers, title, asset, columns=columns, letters=LETTERS
         )
-        for number, picture in enumerate(pictures)
-    ]
+        parts.append(part)
     width = max([SMALLEST, *(part.shape[1] for part in parts)])
     parts.append(text_block([("question", question), *said], width))
     return np.concatenate([_widened(part, width) for part in parts])
+
+
+def fitted(picture: Pixels, columns: int) -> Pixels:
+    """The picture in the size in which it is drawn: so many fit beside each other on a page.
+
+    Args:
+        picture: uint8 [H, W, 3].
+
+    Returns:
+        uint8 [H', W', 3].
+    """
+    height, width = picture.shape[:2]
+    room, longer = (WIDEST - GAP) // columns - GAP, max(height, width)
+    scale = min(max(1, SMALLEST / longer), LARGEST / longer, room / width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
 
 
 def _of_last(text: str, is_last: bool) -> str:

@@ -1,7 +1,8 @@
 """Pictures of conversations: files and data URIs, as RGB by the same rules.
 
-A source is a path, relative to the image folder or absolute, or `data:image/...;base64,...`. Sizes
-come from headers, so that the places of a picture in the sequence are known before it is decoded.
+A source is a path, relative to the image folder or absolute, or `data:image/...;base64,...`. A
+relative path stays in the folder, its links too. Sizes come from headers, so that the places of a
+picture in the sequence are known before it is decoded.
 
 The rules are those of `lora_core.pictures.files`: upright by the EXIF orientation, transparency
 over white, 16 bits scaled to 8. (Isaac's own processor ignores the orientation; every viewer, and
@@ -51,20 +52,35 @@ def locate(source: str, folder: Path | None) -> Path | None:
     """The file that a source names; None for a data URI.
 
     Raises:
-        DataError: a link to the network, or a name that no file can have.
+        DataError: a URL, a name that no file can have, or a relative path that leaves the folder.
     """
     if source[:5].lower() == "data:":
         return None
     if re.match("(?i)(https?|ftp|s3|gs)://", source):
         raise DataError(f"image {shown(source)}: nothing is fetched from the network; download it")
-    source = re.sub("(?i)^file://", "", source)
+    if re.match("(?i)file:", source):
+        raise DataError(f"image {shown(source)}: expected a path, not a URL: leave file:// out")
     try:
         known = "\0" not in source and len(os.fsencode(source)) < 4096
     except UnicodeEncodeError:  # half of a character, which JSON can write
         known = False
     if not known:
         raise DataError(f"image {shown(source)}: no file can have this name")
+    if folder is not None and not Path(source).is_absolute() and not is_inside(folder, source):
+        raise DataError(
+            f"image {shown(source)}: leads out of {one_line(folder.absolute())}: write its "
+            "absolute path, or set --image_folder to a folder that holds it"
+        )
     return (folder or Path()) / source  # an absolute path stays what it is
+
+
+def is_inside(folder: Path, name: str) -> bool:
+    """Whether a path below a folder ends there, if `..` and links are followed."""
+    path, parts = folder / name, Path(name).parts
+    below = [path, *path.parents][: len(parts)]
+    if ".." not in parts and not any(map(os.path.islink, below)):
+        return True  # resolving every path would be slow
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def picture_size(source: str, folder: Path | None = None) -> tuple[int, int]:

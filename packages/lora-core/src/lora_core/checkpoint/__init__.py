@@ -113,7 +113,10 @@ def latest(run: str | Path) -> Path:
             f"{Path(run).absolute()}: none of its {len(found)} training checkpoints is whole. "
             "Start anew, or continue with the weights of an adapter file"
         )
-    raise CheckpointError(f"{Path(run).absolute()} holds no training checkpoint to resume")
+    raise CheckpointError(
+        f"{Path(run).absolute()} holds no training checkpoint to resume: it was stopped before its "
+        "first one. Start it anew, with --overwrite"
+    )
 
 
 def _found(run: str | Path) -> Iterator[tuple[int, Path]]:

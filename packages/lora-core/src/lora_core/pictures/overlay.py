@@ -6,6 +6,7 @@ of European languages.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,9 @@ def panels(
     pictures: Sequence[tuple[str, NDArray[np.uint8]]],
     title: str = "",
     legend: Sequence[tuple[str, Colour]] = (),
+    *,
+    columns: int | None = None,
+    letters: int | None = None,
 ) -> NDArray[np.uint8]:
     """Put pictures of one size beside each other (strips below each other), captions on top.
 
@@ -96,14 +100,16 @@ def panels(
         pictures: pairs of caption and uint8 [H, W, 3].
         title: a line above all panels.
         legend: what colours mean, below all panels.
+        columns: pictures in a row; None: all, or of strips one.
+        letters: their height in pixels; None: what goes with the pictures.
     """
     height, width = pictures[0][1].shape[:2]
-    letters = max(16, min(2 * height, width) // 48)  # pixels
+    letters = letters or max(16, min(2 * height, width) // 48)
     font = ImageFont.load_default(size=letters)
     line = letters * 8 // 5
     gap = line // 2
-    stacked = width > 2 * height
-    columns, rows = (1, len(pictures)) if stacked else (len(pictures), 1)
+    columns = columns or (1 if width > 2 * height else len(pictures))
+    rows = math.ceil(len(pictures) / columns)
     top = gap + (line if title else 0)
     sheet = Image.new(
         "RGB", (columns * (width + gap) + gap, top + rows * (height + line + gap)), PAPER
@@ -112,7 +118,7 @@ def panels(
     if title:
         pen.text((gap, gap), title, fill=INK, font=font)
     for index, (caption, picture) in enumerate(pictures):
-        column, row = (0, index) if stacked else (index, 0)
+        row, column = divmod(index, columns)
         x, y = gap + column * (width + gap), top + row * (height + line + gap)
         pen.text((x, y), caption, fill=INK, font=font)
         sheet.paste(Image.fromarray(picture), (x, y + line))

@@ -45,6 +45,7 @@ def parse(cls: type[T], argv: Sequence[str], *, prog: str, description: str = ""
     without a value, a list as several words, `--section.name 3`, `--options a.b=c d=e`. A field of
     type `dict[str, Any]`, such as `trainer`, collects every `--trainer.NAME value`. Settings come
     from `--config FILE` (or a first word that is a .yaml or .json file), and flags override them.
+    In a description, what follows an empty line ends the help.
 
     Raises:
         ConfigError: all faults of the flags and files together, each with its place.
@@ -97,7 +98,7 @@ def as_yaml(config: Any) -> str:
 
 
 def _yaml_lines(config: Any, indent: str) -> Iterator[str]:
-    for item in fields(config):
+    for item in _ordered(config):
         value = getattr(config, item.name)
         if is_dataclass(value):
             yield f"{indent}{item.name}:"
@@ -155,7 +156,7 @@ class _Leaf:
 def _leaves(cls: Any, prefix: str = "", parent: Any = None) -> Iterator[_Leaf]:
     """List the settings of a dataclass; a field that is a dataclass is a section with a dot."""
     hints = get_type_hints(cls)
-    for item in fields(cls):
+    for item in _ordered(cls):
         if not item.init:
             continue
         key, hint = prefix + item.name, hints[item.name]
@@ -167,6 +168,14 @@ def _leaves(cls: Any, prefix: str = "", parent: Any = None) -> Iterator[_Leaf]:
         if item.name == "trainer" and not help:
             help = "Any other field of transformers.TrainingArguments."
         yield _Leaf(key, hint, default, help, item.metadata.get("group") or prefix[:-1])
+
+
+def _ordered(config: Any) -> list[Any]:
+    """The fields of a dataclass, first those of the groups that its `group_order` names."""
+    order = {name: place for place, name in enumerate(getattr(config, "group_order", ()))}
+    return sorted(
+        fields(config), key=lambda item: order.get(item.metadata.get("group"), len(order))
+    )
 
 
 def _default(item: Any) -> Any:
@@ -338,10 +347,12 @@ def _unknown(name: str, leaves: dict[str, _Leaf], dashes: str = "") -> str:
 
 
 def _help(leaves: dict[str, _Leaf], prog: str, description: str) -> str:
+    first, _, end = description.partition("\n\n")
     parser = argparse.ArgumentParser(
         prog=prog,
         usage="%(prog)s [FILE.yaml] [--NAME VALUE ...]",
-        description=description.replace("%", "%%"),
+        description=first,
+        epilog=end,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32),
         add_help=False,
     )
@@ -366,7 +377,7 @@ def _help(leaves: dict[str, _Leaf], prog: str, description: str) -> str:
 def _say_default(leaf: _Leaf) -> str:
     if leaf.required:
         return " (required)"
-    if leaf.is_dict or leaf.default is None:
+    if leaf.is_dict or leaf.default is None or leaf.default == "":
         return ""
     if isinstance(leaf.default, (list, tuple)):
         return f" (default: {' '.join(map(str, leaf.default)) or 'none'})"
