@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # In lora_core, the only modules and folders that may reach these libraries, even inside a function.
 HOME_IN_CORE = {
-    "transformers": {"trainer", "training"},
+    "transformers": {"quiet", "trainer", "training"},
     "accelerate": {"trainer", "training"},
     "peft": {"peft_bridge", "testing"},
     "tensorboard": {"report"},

@@ -15,6 +15,7 @@ from isaac_lora.network.configuration import IsaacConfig
 from isaac_lora.network.isaac import ITS_DEPTH
 from lora_core import base_file
 from lora_core.errors import CheckpointError, ConfigError
+from lora_core.quiet import quiet_loading
 from lora_core.weight_files import WeightFiles, find_shards, read_weights
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def load_model(
 
     folder = find_model(folder)
     check_folder(folder)
-    with base_file.quiet_loading(), warnings.catch_warnings():
+    with quiet_loading(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* was trained with depth", UserWarning)
         model: IsaacForConditionalGeneration = IsaacForConditionalGeneration.from_pretrained(
             str(folder), dtype=dtype, use_depth=False, local_files_only=True, use_safetensors=True

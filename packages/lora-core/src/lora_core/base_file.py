@@ -10,8 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -245,22 +244,6 @@ def refuse_nan(path: Path, tensors: Mapping[str, Tensor]) -> None:
             f"{path}: {len(bad)} tensors hold NaN or infinite values ({some(bad)}): copy or "
             "download it again"
         )
-
-
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Without transformers' own table of what did not fit, and its progress bar."""
-    from transformers.utils import logging
-
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
 
 
 def refuse_other_base(

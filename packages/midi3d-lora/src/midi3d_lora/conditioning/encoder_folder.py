@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_core.base_file import no_model_folder, quiet_loading, read_settings, refuse_nan, some
+from lora_core.base_file import no_model_folder, read_settings, refuse_nan, some
 from lora_core.errors import CheckpointError, one_line
 from lora_core.preflight import torchvision
+from lora_core.quiet import quiet_loading
 
 IMAGES_AT_ONCE = 8  # of 512 x 512; more is not faster and takes memory from the transformer
 
