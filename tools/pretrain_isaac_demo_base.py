@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="checkpoints and result")
     parser.add_argument(
-        "--steps", type=int, nargs=4, default=(2500, 4500, 900, 1500), help="of the stages"
+        "--steps", type=int, nargs=4, default=(2500, 4540, 900, 1500), help="of the stages"
     )
     parser.add_argument("--pictures", type=int, default=6000, help="of 1, 2, 3 boxes each")
     parser.add_argument("--measured", type=int, default=200, help="scenes of each style at the end")

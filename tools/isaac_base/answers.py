@@ -24,7 +24,7 @@ CURRICULUM = ((300, (1.0, 0.0, 0.0)), (1000, (0.3, 0.7, 0.0)), (10**9, (0.05, 0.
 class Answers:
     """Cross entropy of answers of one word and their end tokens."""
 
-    peak = 2e-3  # learning rate
+    peak, cosine = 2e-3, 7000  # learning rate, and steps until it is lowest
     batch, asked = 16, 8  # pictures, questions of each
     curriculum = CURRICULUM
 
@@ -68,7 +68,7 @@ class Smaller(Answers):
     first norm. They are made smaller at once, and kept from growing again.
     """
 
-    peak = 1.2e-3  # learning rate
+    peak, cosine = 1.2e-3, 0
     divisor = 25.0
     weight = 3e-3  # of the mean square of image tokens
     curriculum = CURRICULUM[-1:]

@@ -37,7 +37,7 @@ NOTHING = -100  # a token without a sign
 class Looks:
     """Cross entropy of shape, colour and place at tokens with a sign, and error of the size."""
 
-    peak = 2e-3  # learning rate
+    peak, cosine = 2e-3, 0  # learning rate
     batch = 32
 
     def __init__(

@@ -20,10 +20,11 @@ class Stage(Protocol):
     """What is trained, with what, and how it is measured.
 
     Attributes:
-        peak: learning rate.
+        peak: learning rate. cosine: steps until it is lowest; 0: those of the stage.
     """
 
     peak: float
+    cosine: int
 
     def begin(self) -> None: ...
     def parameters(self) -> list[nn.Parameter]: ...
@@ -67,7 +68,7 @@ class Stages:
         stage.begin()
         while self.step < steps:
             for group in self.optimizer.param_groups:
-                group["lr"] = stage.peak * share_of_peak(self.step, steps)
+                group["lr"] = stage.peak * share_of_peak(self.step, stage.cosine or steps)
             losses.append(self._update(stage))
             self.step += 1
             self.spent = before + time.process_time() - began
