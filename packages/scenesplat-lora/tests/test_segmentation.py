@@ -125,7 +125,7 @@ def test_peft_itself_reads_the_head(base: Path, tmp_path: Path) -> None:
     model = trained(base)
     save_adapter(model, tmp_path / "folder")
     other = peft.PeftModel.from_pretrained(load_official(base, num_classes=7), tmp_path / "folder")
-    torch.testing.assert_close(run(other), run(model), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(run(other), run(model), atol=1e-5, rtol=1e-4)
 
 
 def test_biases_and_a_head_are_trained_and_saved_together(base: Path, tmp_path: Path) -> None:
