@@ -84,13 +84,15 @@ class LoraLinear(torch.autograd.Function):
 
 def merges(x: Tensor, weight: Tensor, branches: Sequence[Branch]) -> bool:
     """Whether *merged* is the cheapest way for x (N, di), in the dtype of the computation."""
+    dropped = any(branch.dropout for branch in branches)
+    return not dropped and pays(x, weight, MERGED_FROM)
+
+
+def pays(x: Tensor, weight: Tensor, least: float) -> bool:
+    """Whether x (N, di) has `least` rows per di do / (di + do), where that counts."""
     di, do = x.shape[1], weight.shape[0]
-    return (
-        x.device.type == "cpu"
-        and x.dtype in EXACT
-        and not any(branch.dropout for branch in branches)
-        and x.shape[0] * (di + do) >= MERGED_FROM * di * do
-    )
+    here = x.device.type == "cpu" and x.dtype in EXACT
+    return here and x.shape[0] * (di + do) >= least * di * do
 
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

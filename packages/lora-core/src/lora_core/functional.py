@@ -22,7 +22,8 @@ from torch.nn import functional as F
 
 from lora_core import dropout
 from lora_core.branch import Branch, compute_dtype
-from lora_core.fast_linear import LoraLinear
+from lora_core.fast_dora import MergedDora
+from lora_core.fast_linear import LoraLinear, pays
 from lora_core.weights import (
     Rows,
     as_matrix,
@@ -41,6 +42,8 @@ __all__ = [
     "compute_dtype",
     "delta",
     "dora",
+    "dora_layer",
+    "dora_linear",
     "dora_ratio",
     "double_differentiable",
     "lora_conv",
@@ -53,6 +56,11 @@ __all__ = [
     "weight_norm",
     "without_autocast",
 ]
+
+# As `fast_linear.MERGED_FROM`; in steps DoRA takes more passes over y than LoRA.
+DORA_MERGED_FROM = 2.0
+
+Base = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 _double_backward: ContextVar[bool] = ContextVar("double_backward", default=False)
 
@@ -184,6 +192,55 @@ def lora_embedding(
 
 
 # DoRA
+
+
+def dora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, branch: Branch, ratio: Tensor
+) -> Tensor:
+    """`dora_layer` of a Linear: x (.., di), ratio m / n (do) -> (.., do).
+
+    Computed with one weight where there are many rows, see `fast_dora`; in steps at the start, when
+    every ratio is 1 and no bit of y may differ from the base's.
+    """
+    one_dtype = compute_dtype(x, weight) == x.dtype == branch.A.dtype
+    if (
+        one_dtype
+        and not weight.requires_grad
+        and not needs_plain_form(x)
+        and pays(x.reshape(-1, x.shape[-1]), weight, DORA_MERGED_FROM)
+        and bool((ratio != 1).any())
+    ):
+        y: Tensor = MergedDora.apply(x, weight, bias, branch.A, branch.B, ratio, branch)
+        return y
+    return dora_layer(x, weight, bias, branch, ratio, F.linear, lora_linear)
+
+
+def dora_layer(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    branch: Branch,
+    ratio: Tensor,
+    base: Base,
+    adapted: Callable[[Tensor, Tensor, Tensor | None, Sequence[Branch]], Tensor],
+) -> Tensor:
+    """A layer with DoRA in steps; `base` and `adapted` compute it without and with LoRA.
+
+    With dropout the base sees the clean x: it is `base(x - D(x))` beside DoRA of D(x).
+    """
+    rest, p = None, branch.dropout
+    if p and x.is_floating_point():
+        dropped = _dropped(x, branch)
+        rest, x = base(x - dropped, weight, None), dropped
+    column = (-1, *[1] * (weight.dim() - 2))  # how a value per output unit broadcasts over y
+    y = adapted(x, weight, bias, [Branch(branch.A, branch.B, branch.scale)])
+    return dora(y, None if bias is None else bias.view(column), ratio.view(column), rest)
+
+
+def _dropped(x: Tensor, branch: Branch) -> Tensor:
+    if needs_plain_form(x):
+        return dropout.plain_dropout(x, branch.dropout)
+    return dropout.seeded_dropout(x, branch.dropout, branch.mask_seed())
 
 
 def dora(

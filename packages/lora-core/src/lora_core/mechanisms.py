@@ -18,14 +18,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_core import dropout, initialise
 from lora_core import functional as lora
+from lora_core import initialise
 from lora_core.layers import BIAS_OF, AdapterSpec, Factor, Kind, LoraLayer
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-Base = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class WrappedLayer(LoraLayer):
@@ -35,7 +33,7 @@ class WrappedLayer(LoraLayer):
         self,
         x: Tensor,
         bias: Tensor | None,
-        base: Base,
+        base: lora.Base,
         adapted: Callable[[Tensor, Tensor, Tensor | None, Sequence[lora.Branch]], Tensor],
     ) -> Tensor:
         """The layer's output; `base(x, W, b)` and `adapted(x, W, b, branches)` are its kind's."""
@@ -50,20 +48,9 @@ class WrappedLayer(LoraLayer):
             return base(x, self.lora_weight("weight"), self.lora_added_bias(bias, live))
         (branch,) = self.lora_branches("weight", live)
         ratio = self._lora_ratio(name, W.to(branch.A.dtype), branch.A, branch.B)
-        column = (-1, *[1] * (W.dim() - 2))  # how a value per output unit broadcasts over y
-        rest, p = None, branch.dropout
-        if p and x.is_floating_point():
-            dropped = _dropped(x, p)
-            rest, x = base(x - dropped, W, None), dropped
-        branch = lora.Branch(branch.A, branch.B, branch.scale)
-        y = adapted(x, W, bias, [branch])
-        return lora.dora(y, None if bias is None else bias.view(column), ratio.view(column), rest)
-
-
-def _dropped(x: Tensor, p: float) -> Tensor:
-    if lora.needs_plain_form(x):
-        return dropout.plain_dropout(x, p)
-    return dropout.seeded_dropout(x, p, dropout.draw_seed())
+        if base is F.linear:
+            return lora.dora_linear(x, W, bias, branch, ratio)
+        return lora.dora_layer(x, W, bias, branch, ratio, base, adapted)
 
 
 class LoraLinear(WrappedLayer):
@@ -77,7 +64,7 @@ class LoraConv(WrappedLayer):
     """nn.Conv1d, 2d or 3d with adapters; stride, padding, dilation and groups are the base's."""
 
     groups: int
-    _conv_forward: Base
+    _conv_forward: lora.Base
 
     def forward(self, input: Tensor) -> Tensor:
         adapted = functools.partial(lora.lora_conv, conv=self._conv_forward, groups=self.groups)
