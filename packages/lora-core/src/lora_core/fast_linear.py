@@ -10,6 +10,7 @@ Both keep x at most, or what it can be made from again, and give the same number
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,13 +28,38 @@ MERGED_FROM = 8.0
 EXACT = (torch.float32, torch.float64)  # a narrower W' would round small updates away
 
 
-class LoraLinear(torch.autograd.Function):
-    """`functional.lora_linear`; factors are A and B of each branch in turn.
+@dataclass(frozen=True)
+class Call:
+    """What one call computes, beside its tensors.
 
-    With `dh = s g B`:  dB = s g^T h,  dA = dh^T D(x),  dx = g W + D'(dh A),  db = sum g, where D'
-    is the mask of D over q. Sums are made in place in buffers of this function, never in x or g,
-    which others may still read.
+    Attributes:
+        branches, seeds: the adapters and the seeds of their masks.
+        dtype: of the computation. merged: which of the two ways.
     """
+
+    branches: Sequence[Branch]
+    seeds: Sequence[int]
+    dtype: torch.dtype
+    merged: bool
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Whose gradients are asked for; factors are A and B of each branch in turn."""
+
+    x: bool
+    weight: bool
+    bias: bool
+    factors: Sequence[bool]
+
+    @property
+    def input(self) -> bool:
+        """Whether x is needed for them."""
+        return self.weight or any(self.factors[::2])
+
+
+class LoraLinear(torch.autograd.Function):
+    """`functional.lora_linear`; factors are A and B of each branch in turn."""
 
     @staticmethod
     def forward(
@@ -45,30 +71,24 @@ class LoraLinear(torch.autograd.Function):
         seeds: Sequence[int],
         *factors: Tensor,
     ) -> Tensor:
-        ctx.branches, ctx.seeds, ctx.dtype = branches, seeds, compute_dtype(x, weight)
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        x_rows = _as_rows(x, ctx.dtype)
-        # It makes h again from x, which is kept only where A trains.
-        ctx.merged = all(ctx.needs_input_grad[5::2]) and merges(x_rows, weight, branches)
-        needs_x = ctx.needs_input_grad[1] or any(ctx.needs_input_grad[5::2])
-        ctx.remake_x = remade.recipe(x) if needs_x else None
-        saved_h: list[Tensor | None] = [None] * len(branches)
-        if ctx.merged:
-            y = F.linear(x, _merged_weight(weight, branches, factors, ctx.dtype), bias).contiguous()
-        else:
-            y = F.linear(x, weight, bias).contiguous()
-            y_rows = y.view(-1, y.shape[-1])
-            for i, (branch, seed) in enumerate(zip(branches, seeds, strict=True)):
-                h = _down(x_rows, factors[2 * i].to(ctx.dtype), branch, seed)
-                B = factors[2 * i + 1].to(ctx.dtype)
-                for h_part, out, b_rows in blocks(branch.rows, B.shape[1], y.shape[-1]):
-                    y_rows[:, out].addmm_(h[:, h_part], B[b_rows].t(), alpha=branch.scale)
-                # Making h again, too, is one narrow product, but with dropout also the mask's work.
-                spared = ctx.remake_x is not None and not branch.dropout
-                if ctx.needs_input_grad[5 + 2 * i + 1] and not spared:
-                    saved_h[i] = h
-        keeps_x = needs_x and ctx.remake_x is None
+        needs_x, needs_weight, needs_bias, _, _, *needs_factor = ctx.needs_input_grad
+        ctx.needs = Needs(needs_x, needs_weight, needs_bias, needs_factor)
+        ctx.call = Call(
+            branches,
+            seeds,
+            dtype := compute_dtype(x, weight),
+            # It makes h again from x, which is kept only where A trains.
+            all(needs_factor[::2]) and merges(_as_rows(x, dtype), weight, branches),
+        )
+        ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
+        y, saved_h = forward(ctx.call, x, weight, bias, factors)
+        ctx.remake_x = remade.recipe(x) if ctx.needs.input else None
+        for i, branch in enumerate(branches):
+            # Making h again, too, is one narrow product, but with dropout also the mask's work.
+            spared = ctx.remake_x is not None and not branch.dropout
+            if spared or not needs_factor[2 * i + 1]:
+                saved_h[i] = None
+        keeps_x = ctx.needs.input and ctx.remake_x is None
         ctx.save_for_backward(x if keeps_x else None, weight, *factors, *saved_h)
         # torch makes y of three and more axes as a view, and autograd refuses to change a view that
         # a custom function returns in place, as `nn.ReLU(inplace=True)` behind the layer would.
@@ -77,9 +97,17 @@ class LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *rest = ctx.saved_tensors
+        if ctx.remake_x is not None:
+            x = ctx.remake_x()
+        count = len(ctx.needs.factors)
         # Everything has its dtype already; a caller's autocast must not change it half-way.
         with without_autocast(g.device):
-            return _backward(ctx, g)
+            dx, dW, db, *grads = backward(
+                ctx.call, ctx.needs, g, x, weight, rest[:count], rest[count:]
+            )
+        dx = None if dx is None else dx.to(ctx.x_dtype)
+        return dx, dW, None if db is None else db.to(ctx.bias_dtype), None, None, *grads
 
 
 def merges(x: Tensor, weight: Tensor, branches: Sequence[Branch]) -> bool:
@@ -95,31 +123,59 @@ def pays(x: Tensor, weight: Tensor, least: float) -> bool:
     return here and x.shape[0] * (di + do) >= least * di * do
 
 
-def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, *rest = ctx.saved_tensors
-    if ctx.remake_x is not None:
-        x = ctx.remake_x()
-    needs_x, needs_weight, needs_bias, _, _, *needs_factor = ctx.needs_input_grad
-    factors, saved_h = rest[: len(needs_factor)], rest[len(needs_factor) :]
-    g_rows = _as_rows(g, ctx.dtype)
-    x_rows = None if x is None else _as_rows(x, ctx.dtype)
-    dx = g_rows @ _base_weight(ctx, weight, factors) if needs_x else None
-    grads = _factor_gradients(ctx, g_rows, x_rows, dx, factors, saved_h)
-    dW = g_rows.t() @ x_rows if needs_weight and x_rows is not None else None
-    db = g_rows.sum(0).to(ctx.bias_dtype) if needs_bias else None
-    dx = None if dx is None else dx.view(ctx.x_shape).to(ctx.x_dtype)
-    return (dx, _like(dW, weight), db, None, None, *grads)
+def forward(
+    call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """y (.., do), and h (N, k r) of each branch where it is computed."""
+    saved_h: list[Tensor | None] = [None] * len(call.branches)
+    if call.merged:
+        merged = _merged_weight(weight, call.branches, factors, call.dtype)
+        return F.linear(x, merged, bias).contiguous(), saved_h
+    y = F.linear(x, weight, bias).contiguous()
+    x_rows, y_rows = _as_rows(x, call.dtype), y.view(-1, y.shape[-1])
+    for i, (branch, seed) in enumerate(zip(call.branches, call.seeds, strict=True)):
+        h = saved_h[i] = _down(x_rows, factors[2 * i].to(call.dtype), branch, seed)
+        B = factors[2 * i + 1].to(call.dtype)
+        for h_part, out, b_rows in blocks(branch.rows, B.shape[1], y.shape[-1]):
+            y_rows[:, out].addmm_(h[:, h_part], B[b_rows].t(), alpha=branch.scale)
+    return y, saved_h
 
 
-def _base_weight(ctx: Any, weight: Tensor, factors: Sequence[Tensor]) -> Tensor:
+def backward(
+    call: Call,
+    needs: Needs,
+    g: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    factors: Sequence[Tensor],
+    saved_h: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The gradients of x, W, b and the factors, for g (.., do) and x (.., di).
+
+    With `dh = s g B`:  dB = s g^T h,  dA = dh^T D(x),  dx = g W + D'(dh A),  db = sum g, where D'
+    is the mask of D over q. Sums are made in place in buffers of this function, never in x or g,
+    which others may still read.
+    """
+    g_rows = _as_rows(g, call.dtype)
+    x_rows = None if x is None else _as_rows(x, call.dtype)
+    dx = g_rows @ _base_weight(call, weight, factors) if needs.x else None
+    grads = _factor_gradients(call, needs, g_rows, x_rows, dx, factors, saved_h)
+    dW = g_rows.t() @ x_rows if needs.weight and x_rows is not None else None
+    db = g_rows.sum(0) if needs.bias else None
+    dx = None if dx is None else dx.view(*g.shape[:-1], weight.shape[1])
+    return [dx, _like(dW, weight), db, *grads]
+
+
+def _base_weight(call: Call, weight: Tensor, factors: Sequence[Tensor]) -> Tensor:
     """What g is multiplied with for dx: W, or W' where that is all of dx."""
-    if ctx.merged:
-        return _merged_weight(weight, ctx.branches, factors, ctx.dtype)
-    return weight.to(ctx.dtype)
+    if call.merged:
+        return _merged_weight(weight, call.branches, factors, call.dtype)
+    return weight.to(call.dtype)
 
 
 def _factor_gradients(
-    ctx: Any,
+    call: Call,
+    needs: Needs,
     g: Tensor,
     x: Tensor | None,
     dx: Tensor | None,
@@ -127,20 +183,20 @@ def _factor_gradients(
     saved_h: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
     """dA and dB of each branch in turn; adds to dx, unless that came from W'."""
-    rest = None if ctx.merged else dx
+    rest = None if call.merged else dx
     grads: list[Tensor | None] = []
-    for i, (branch, seed) in enumerate(zip(ctx.branches, ctx.seeds, strict=True)):
+    for i, (branch, seed) in enumerate(zip(call.branches, call.seeds, strict=True)):
         A, B = factors[2 * i], factors[2 * i + 1]
-        needs_A, needs_B = ctx.needs_input_grad[5 + 2 * i : 7 + 2 * i]
+        needs_A, needs_B = needs.factors[2 * i : 2 * i + 2]
         dA = dB = None
         if needs_A or rest is not None:
-            dh = _down_gradient(g, B.to(ctx.dtype), branch)
-            dA = _input_side(dh, x if needs_A else None, A.to(ctx.dtype), rest, branch, seed)
+            dh = _down_gradient(g, B.to(call.dtype), branch)
+            dA = _input_side(dh, x if needs_A else None, A.to(call.dtype), rest, branch, seed)
         if needs_B:
             h = saved_h[i]
             if h is None:
                 assert x is not None
-                h = _down(x, A.to(ctx.dtype), branch, seed)
+                h = _down(x, A.to(call.dtype), branch, seed)
             dB = _up_gradient(g, h, branch)
         grads += [_like(dA, A), _like(dB, B)]
     return grads

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from lora_core import dropout
 from lora_core.branch import Branch, compute_dtype
+from lora_core.compiled_linear import compiled_linear
 from lora_core.fast_dora import MergedDora
 from lora_core.fast_linear import LoraLinear, pays
 from lora_core.weights import (
@@ -87,7 +88,7 @@ def double_differentiable() -> Iterator[None]:
 def needs_plain_form(x: Tensor) -> bool:
     """Whether only ordinary autograd operations will do: compilers, meta tensors, 2nd derivatives.
 
-    A compiler sees the whole graph and fuses for itself; it cannot trace a generator.
+    A compiler cannot trace a generator; a Linear is one operation for it, see `compiled_linear`.
     """
     return torch.compiler.is_compiling() or x.is_meta or _double_backward.get()
 
@@ -107,6 +108,8 @@ def lora_linear(
     """
     if not branches:
         return F.linear(x, weight, bias)
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return compiled_linear(x, weight, bias, branches)
     if needs_plain_form(x):
         return lora_linear_plain(x, weight, bias, branches)
     seeds = [branch.mask_seed() if branch.dropout else 0 for branch in branches]
