@@ -91,6 +91,19 @@ def test_a_run_that_is_there_is_told_with_what_to_do(run):
     refuse_existing(run, Config(overwrite=True), "--out")
 
 
+@pytest.mark.parametrize("name", ["best", "adapter", "epoch"])
+def test_an_adapter_that_no_run_has_written_is_not_replaced_unasked(run, name):
+    there = run.of_epoch(3) if name == "epoch" else getattr(run, name)
+    there.parent.mkdir(parents=True, exist_ok=True)
+    there.write_text("mine")
+    run.config.unlink()
+    with pytest.raises(ConfigError, match=f"holds .*{there.name} and no {run.config.name}"):
+        refuse_existing(run, Config(), "--out")
+    refuse_existing(run, Config(overwrite=True), "--out")
+    there.unlink()
+    refuse_existing(run, Config(), "--out")  # a log, as a run leaves it that was killed early
+
+
 def test_figures_of_another_run_are_not_mixed_with(tmp_path):
     logs = tmp_path / "logs"
     logs.mkdir()

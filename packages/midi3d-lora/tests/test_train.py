@@ -336,3 +336,18 @@ def test_the_loss_of_a_batch_is_the_official_one(scheme: Scheme) -> None:
     assert found == pytest.approx(float(io[f"loss.{scheme}"]), rel=1e-5)
     if scheme == "logit_normal_dist":
         assert abs(found - float(io["loss_wrong_sign"])) > 0.01
+
+
+@pytest.mark.parametrize("name", ["lora-final", "lora-best", "lora-epoch-10"])
+def test_an_adapter_of_another_program_is_not_replaced_unasked(
+    name: str, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = tmp_path / "run" / name / "lora_weights.pth"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"weeks of work")
+    assert main(tiny_midi_run.command(scenes, tmp_path / "run")) == 2
+    said = capsys.readouterr().err
+    assert f"holds {name}/lora_weights.pth and no config.yaml" in said
+    assert "choose another --output_dir" in said.lower()
+    assert theirs.read_bytes() == b"weeks of work"
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [name]

@@ -59,6 +59,13 @@ class EpochRun(RunFolder):
             if match := re.fullmatch(rf"{start}(\d+){end}", path.name):
                 yield path, int(match[1])
 
+    def adapters(self) -> list[Path]:
+        """The files and folders with adapters that are there."""
+        found = [path for path in (self.best, self.adapter) if os.path.exists(path)]
+        if os.path.isdir(self.each.parent):  # its name may be too long for one
+            found += [path for path, _ in self.epochs()]
+        return found
+
     def tidy(self) -> None:
         """Delete files half written that a killed process has left."""
         from lora_core.tensor_file import remove_partial
@@ -91,6 +98,12 @@ def refuse_existing(
             raise ConfigError(
                 f"{run.csv.parent.absolute()} holds the figures of another run: choose another "
                 f"{logs}, or replace them with --overwrite"
+            )
+        if adapters := [str(path.relative_to(run.folder)) for path in run.adapters()]:
+            raise ConfigError(
+                f"{run.folder.absolute()} holds {adapters[0]} and no {run.config.name}: no run has "
+                f"written it there, or its settings are gone. Choose another {setting}, or replace "
+                "it with --overwrite"
             )
         return
     place = run.folder.absolute()

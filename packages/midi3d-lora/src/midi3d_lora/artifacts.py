@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -58,6 +59,11 @@ class SceneRun(EpochRun):
         for folder, epoch in super().epochs():
             if (folder / WEIGHTS).is_file():
                 yield folder / WEIGHTS, epoch
+
+    def adapters(self) -> list[Path]:
+        """The files and folders with adapters that are there."""
+        final = [self.final] if os.path.exists(self.final) else []
+        return [*super().adapters(), *final]
 
     def tidy(self) -> None:
         """Delete files half written that a killed process has left."""
