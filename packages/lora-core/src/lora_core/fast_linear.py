@@ -25,6 +25,9 @@ from lora_core.weights import blocks, without_autocast
 # Rows per di do / (di + do), which weighs the passes that are saved against those over W. Measured
 # on CPUs (docs/benchmarks.md); other devices take the low-rank way.
 MERGED_FROM = 8.0
+# Ranks from which products with wide matrices are fastest as they are written. Below, the CPU takes
+# up to six times as long as for the transposed product.
+DOWN_FROM, UP_FROM = 16, 64
 EXACT = (torch.float32, torch.float64)  # a narrower W' would round small updates away
 
 
@@ -214,22 +217,26 @@ def _down(x: Tensor, A: Tensor, branch: Branch, seed: int) -> Tensor:
 
 def _down_gradient(g: Tensor, B: Tensor, branch: Branch) -> Tensor:
     """`dh = s g B`, block by block: g (N, do) -> (N, k r)."""
-    dh = g.new_empty(branch.A.shape[0], g.shape[0])  # transposed, see `_up_gradient`
-    for h_part, out, b_rows in blocks(branch.rows, B.shape[1], g.shape[1]):
-        torch.mm(B[b_rows].t(), g[:, out].t(), out=dh[h_part])
-    return dh.mul_(branch.scale).t()
+    parts = [
+        g[:, out] @ B[b_rows] if B.shape[1] >= DOWN_FROM else (B[b_rows].t() @ g[:, out].t()).t()
+        for _, out, b_rows in blocks(branch.rows, B.shape[1], g.shape[1])
+    ]
+    return _joined(parts, 1).mul_(branch.scale)
 
 
 def _up_gradient(g: Tensor, h: Tensor, branch: Branch) -> Tensor:
-    """`dB = s g^T h`, block by block: (rows_1 + .. + rows_k, r).
+    """`dB = s g^T h`, block by block: (rows_1 + .. + rows_k, r)."""
+    r, parts = branch.B.shape[1], []
+    for h_part, out, _ in blocks(branch.rows, r, g.shape[1]):
+        if r >= UP_FROM:
+            parts.append((g[:, out].t() @ h[:, h_part]).mul_(branch.scale))
+        else:
+            parts.append((h[:, h_part].t() @ g[:, out]).mul_(branch.scale).t())
+    return _joined(parts, 0).contiguous()
 
-    Computed as (h^T g)^T: on the CPU the narrow matrix in front makes it several times faster.
-    """
-    parts = [
-        (h[:, h_part].t() @ g[:, out]).t()
-        for h_part, out, _ in blocks(branch.rows, branch.B.shape[1], g.shape[1])
-    ]
-    return torch.cat(parts).mul_(branch.scale)
+
+def _joined(parts: Sequence[Tensor], axis: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), axis)
 
 
 def _input_side(
