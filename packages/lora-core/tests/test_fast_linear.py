@@ -73,6 +73,20 @@ def test_the_merged_way_gives_what_the_low_rank_way_gives(
         assert (one - other).norm() <= tolerance * other.norm()
 
 
+@pytest.mark.parametrize("rows", [None, SLICES, ((4, 7), (0, 2))])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_products_with_wide_ranks_are_those_with_narrow_ones(p, rows, monkeypatch):
+    tensors = layer(rows)
+    found = []
+    for least in (1, math.inf):
+        for name in ("MERGED_FROM", "UP_FROM", "DOWN_FROM"):
+            monkeypatch.setattr(fast_linear, name, math.inf if name == "MERGED_FROM" else least)
+        found.append(passes(tensors, rows, p))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert found[0][-1].is_contiguous()
+
+
 def test_gradients_of_a_merged_pair_of_adapters(merged):
     x, W, b, A, B = layer(SLICES)
     A2, B2 = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, DI), (DO, 3)))
