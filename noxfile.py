@@ -25,6 +25,36 @@ DEMOS = {
     "midi3d-lora": ("--epochs", "1"),
     "isaac-lora": ("--epochs", "1"),
 }
+# Name of the results in docs/benchmarks -> the program in tools/bench, and its words.
+BENCHMARKS = {
+    "linear": "linear.py",
+    "linear_warm": "linear.py",
+    "linear_threads": f"linear.py --threads {os.cpu_count()}",
+    "layers": "layers.py",
+    "merging": "merging.py",
+    "startup": "startup.py",
+    "step_sam2": "step.py sam2",
+    "step_sam3": "step.py sam3",
+    "step_scenesplat": "step.py scenesplat",
+    "step_midi3d": "step.py midi3d",
+    "step_isaac": "step.py isaac",
+    "cached": "cached.py",
+    "input": "input.py",
+    "scenesplat_convolution": "scenesplat_convolution.py",
+    "scenesplat_scale": "scenesplat_scale.py --picture docs/scenesplat_scale.png",
+    "midi3d_operations": "midi3d_cache.py --flops",
+    "midi3d_cache": "midi3d_cache.py",
+    "midi3d_memory": "midi3d_memory.py",
+    "midi3d_extraction": "midi3d_extraction.py",
+    "isaac_logits": "isaac_memory.py --logits",
+    "isaac_memory": "isaac_memory.py --layers 2 --tokens 1024",
+    "isaac_operations": "isaac_cache.py --flops",
+    "isaac_cache": "isaac_cache.py --side 16 --layers 1 --tower_layers 1",
+    "guards": "guards.py",
+    "guards_256": "guards.py --image_size 256 --batch_size 2",
+}
+# What makes glibc keep freed arrays for the next ones, so that no page is new.
+REUSED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
 OLDEST = ("torch==2.9.*", "transformers==5.15.0", "accelerate==1.10.0", "peft==0.19.0")
 
 
@@ -55,13 +85,14 @@ def editable() -> list[str]:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style, types, who may import whom, and whether docs/faults.md is what the tests show."""
+    """Style, types, who may import whom; what in docs/ is made from tests and measurements."""
     install(session, "ruff", "mypy", "types-PyYAML", "torch", "numpy", "pillow", "packaging")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy", *(f"packages/{package}/src" for package in PACKAGES))
     session.run("python", "tools/imports.py")
     session.run("python", "tools/faults.py", "--check")
+    session.run("python", "tools/bench/page.py", "--check")
 
 
 @nox.session
@@ -137,22 +168,25 @@ def train(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Time and memory of LoRA against the frozen layer, full fine-tuning and PEFT."""
+    """Time and memory of LoRA against the frozen layer, full fine-tuning and PEFT.
+
+    All of BENCHMARKS, or those that begin with the given words: `nox -s bench -- step`.
+    """
     install(session, *editable(), "peft", "matplotlib")
     # A rival to compare with; its CPU build exists for some systems only.
     session.install("-c", CONSTRAINTS, "spconv", success_codes=[0, 1])
-    threads = {"OMP_NUM_THREADS": "1"}
-    session.run("python", "tools/bench/linear.py", env=threads)
-    session.run("python", "tools/bench/sam2_step.py", "--image_size", "512", env=threads)
-    session.run("python", "tools/bench/sam3_step.py", env=threads)
-    for name in ("convolution", "step", "scale"):
-        session.run("python", f"tools/bench/scenesplat_{name}.py", env=threads)
-    for name in ("step", "cache", "memory", "extraction"):
-        session.run("python", f"tools/bench/midi3d_{name}.py", env=threads)
-    for name in ("step", "cache", "memory"):
-        session.run("python", f"tools/bench/isaac_{name}.py", env=threads)
-    session.run("python", "tools/bench/isaac_memory.py", "--logits", env=threads)
-    session.run("python", "tools/bench/guards.py", env=threads)
+    asked = session.posargs or list(BENCHMARKS)
+    chosen = [name for name in BENCHMARKS if any(name.startswith(word) for word in asked)]
+    for word in asked:
+        if not any(name.startswith(word) for name in chosen):
+            session.error(f"no benchmark begins with {word!r}: there are {', '.join(BENCHMARKS)}")
+    for name in chosen:
+        program, *words = BENCHMARKS[name].split()
+        threads = words[words.index("--threads") + 1] if "--threads" in words else "1"
+        env = {"OMP_NUM_THREADS": threads, **(REUSED_MEMORY if name.endswith("_warm") else {})}
+        results = ["--json", f"docs/benchmarks/{name}.json"]
+        session.run("python", f"tools/bench/{program}", *words, *results, env=env)
+    session.run("python", "tools/bench/page.py")
 
 
 @nox.session

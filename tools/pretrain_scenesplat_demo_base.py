@@ -166,7 +166,7 @@ class Run:
         target, valid, segment = (
             batch[name] for name in ("lang_feat", "valid_feat_mask", "segment")
         )
-        loss, _ = distillation_loss(feat, target, valid, segment, TERMS)
+        loss, _ = distillation_loss(feat, target.float(), valid, segment, TERMS)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

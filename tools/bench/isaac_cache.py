@@ -22,6 +22,7 @@ import os
 import statistics
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,8 +39,9 @@ from isaac_methods import (
     random_weights,
     skeleton,
 )
-from measure import markdown, timed
+from measure import timed
 from midi3d_cache import operations
+from results import Table, publish
 from torch import Tensor
 
 from isaac_lora.pictures.content import KnownPicture, content_digest
@@ -61,7 +63,7 @@ def case_of(side: int, **sizes: int) -> Case:
 # -- operations ------------------------------------------------------------------------------------
 
 
-def counted(sides: list[int], sizes: dict[str, int]) -> str:
+def counted(sides: list[int], sizes: dict[str, int]) -> dict[str, Table]:
     """A table, 10^12 operations."""
     rows = []
     for side in sides:
@@ -69,7 +71,8 @@ def counted(sides: list[int], sizes: dict[str, int]) -> str:
         step, tower = step_and_tower(case)
         pixels = f"{side * PATCH} x {side * PATCH}"
         rows.append([pixels, side**2, case.tokens, step, tower, (step + tower) / step])
-    return markdown(["pixels", "patches", "tokens", "step", "tower", "without / with cache"], rows)
+    header = ["pixels", "patches", "tokens", "step", "tower", "without / with cache"]
+    return {"operations": Table(header, rows)}
 
 
 def step_and_tower(case: Case) -> list[float]:
@@ -117,7 +120,7 @@ class Comparison:
         return loss.item()
 
 
-def measured(case: Case, rounds: int) -> str:
+def measured(case: Case, rounds: int) -> dict[str, Table]:
     """A table of the scaled sizes.
 
     Raises:
@@ -139,7 +142,7 @@ def measured(case: Case, rounds: int) -> str:
     speed_up = statistics.median(a / b for a, b in zip(without, cached, strict=True))
     header = ["patches", "tokens", "filling s", *seconds, "without / with cache", "loss of all"]
     row = [case.side**2, case.tokens, filling, *map(statistics.median, (without, cached)), speed_up]
-    return markdown(header, [[*row, f"{losses.pop():.9f}"]])
+    return {"seconds": Table(header, [[*row, f"{losses.pop():.9f}"]])}
 
 
 def main() -> None:
@@ -154,13 +157,14 @@ def main() -> None:
     parser.add_argument("--tower_layers", type=int, default=3, help="without --flops")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="write the tables to this file too")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.flops:
-        print(counted(args.sides, RELEASED))
+        publish(counted(args.sides, RELEASED), args.json)
     else:
         case = case_of(args.side, layers=args.layers, tower_layers=args.tower_layers)
-        print(measured(case, args.rounds))
+        publish(measured(case, args.rounds), args.json)
 
 
 if __name__ == "__main__":

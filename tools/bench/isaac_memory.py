@@ -13,18 +13,19 @@ what isaac-lora computes, `all places` the loss of transformers (`ForCausalLMLos
 
 Without it, it is the step of the whole Isaac-0.1 in bf16, adapters in fp32: one sequence of so many
 tokens, of which a picture takes 256 and the labels 64, for the floor, lora_core and PEFT (see
-`isaac_step.py`).
+`step.py`).
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from isaac_methods import RELEASED, Case, adapted, loss_of, random_batch, skeleton
-from measure import markdown
+from results import Table, publish
 from torch import Tensor, nn
 from training_step import METHODS
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -58,7 +59,7 @@ def states_and_labels(prompt: int, labels: int) -> dict[str, Tensor]:
     return {"states": states, "labels": numbers}
 
 
-def logits_table(prompts: list[int], labels: int) -> str:
+def logits_table(prompts: list[int], labels: int) -> Table:
     """GB of both losses by the length of the prompt."""
     rows = []
     for prompt in prompts:
@@ -71,7 +72,7 @@ def logits_table(prompts: list[int], labels: int) -> str:
     header = [
         "prompt", "labels", "labelled places: kept GB", "peak", "all places: kept GB", "peak",
     ]  # fmt: skip
-    return markdown(header, rows)
+    return Table(header, rows)
 
 
 # -- the whole model -------------------------------------------------------------------------------
@@ -92,7 +93,7 @@ def step_row(method: str, case: Case) -> list[object]:
     return [case.tokens, checkpointing, method, *(f"{part / GB:.2f}" for part in parts)]
 
 
-def steps_table(args: argparse.Namespace) -> str:
+def steps_table(args: argparse.Namespace) -> Table:
     """GB of a step by tokens, checkpointing and method."""
     sizes = {**RELEASED, **({"layers": args.layers} if args.layers else {})}
     cases = [
@@ -107,7 +108,7 @@ def steps_table(args: argparse.Namespace) -> str:
         "tokens", "checkpointing", "method", "weights, adapters, AdamW: GB", "kept", "workspace",
         "together",
     ]  # fmt: skip
-    return markdown(header, [step_row(method, case) for case in cases for method in METHODS])
+    return Table(header, [step_row(method, case) for case in cases for method in METHODS])
 
 
 def main() -> None:
@@ -120,8 +121,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--layers", type=int, help="of the decoder, in place of all 28")
+    parser.add_argument("--json", type=Path, help="write the tables to this file too")
     args = parser.parse_args()
-    print(logits_table(args.prompts, args.labels) if args.logits else steps_table(args))
+    if args.logits:
+        publish({"logits": logits_table(args.prompts, args.labels)}, args.json)
+    else:
+        publish({"memory": steps_table(args)}, args.json)
 
 
 if __name__ == "__main__":

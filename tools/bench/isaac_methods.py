@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-import peft
 import torch
-from floor import begin_graph_at
 from torch import Tensor, nn
+from training_step import last_quarter, train_by
 
 from isaac_lora import lora
 from isaac_lora.batches import Batch
@@ -31,6 +31,7 @@ class Case:
         samples: of the batch. tokens: of each, its picture's included. labels: of each.
         side: rows and columns of patches of each picture, four of which become a token; 0: none.
         cached: the batch has features of the pictures in place of patches.
+        last_blocks: only the last quarter of the decoder's layers has adapters.
         precision: "fp32", or "bf16": frozen weights in bf16, all under autocast, as `train --bf16`.
     """
 
@@ -46,12 +47,15 @@ class Case:
     dropout: float = 0.05
     precision: str = "fp32"
     checkpointing: bool = False
+    last_blocks: bool = False
     device: str = "cpu"
 
     @property
     def choice(self) -> LoraChoice:
-        """The default layers."""
-        return LoraChoice(self.rank, 2 * self.rank, self.dropout)
+        """The default layers; those of blocks if not all blocks are adapted."""
+        choice = LoraChoice(self.rank, 2 * self.rank, self.dropout)
+        # The projector lies before all blocks.
+        return replace(choice, target_modules=("attention", "mlp")) if self.last_blocks else choice
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,6 +64,19 @@ class Case:
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+CASES = {
+    "fp32": Case(),
+    "fp32, no dropout": Case(dropout=0.0),
+    "bf16 base": Case(precision="bf16"),
+    "bf16 base, no dropout": Case(precision="bf16", dropout=0.0),
+}
+VARIANTS: Mapping[str, dict[str, Any]] = {
+    "checkpointed": {"checkpointing": True},
+    "last blocks": {"last_blocks": True},
+    "cached": {"cached": True},
+}
 
 
 def configuration(case: Case) -> IsaacConfig:
@@ -103,40 +120,24 @@ def random_weights(case: Case) -> dict[str, Tensor]:
     return found
 
 
-def build(method: str, case: Case, weights: dict[str, Tensor]) -> nn.Module:
-    """The model ready to train by one method; the frozen weights are shared by all."""
+def frozen(case: Case, weights: Mapping[str, Tensor]) -> IsaacForConditionalGeneration:
+    """The frozen model, with these very weights."""
     model = skeleton(case)
-    if method == "full":
-        weights = {name: tensor.clone() for name, tensor in weights.items()}
     model.load_state_dict(weights, assign=True)
-    model.requires_grad_(False)  # tensors that were assigned want gradients
-    return adapted(method, model, case)
+    return model.requires_grad_(False)  # tensors that were assigned want gradients
+
+
+def build(method: str, case: Case, weights: Mapping[str, Tensor]) -> nn.Module:
+    """The model ready to train by one method; the frozen weights are shared by all."""
+    return adapted(method, frozen(case, weights), case)
 
 
 def adapted(method: str, model: IsaacForConditionalGeneration, case: Case) -> nn.Module:
-    """The frozen model, in training by one method."""
-    if method == "lora_core":
-        lora.inject(model, case.choice)
-    elif method == "PEFT":
-        return with_peft(model, case).train()
-    elif method == "full":
-        model.requires_grad_(True)
-        model.model.vision_embedding[0].requires_grad_(False)
-    else:
-        begin_graph_at(model, lora.adapted_layers(model, case.choice))
-    return model.train()
-
-
-def with_peft(model: IsaacForConditionalGeneration, case: Case) -> nn.Module:
-    """PEFT's adapters on the layers that `lora.inject` would take."""
-    choice = case.choice
-    config = peft.LoraConfig(
-        r=choice.r,
-        lora_alpha=choice.alpha,
-        lora_dropout=choice.dropout,
-        target_modules=lora.adapted_layers(model, choice),
-    )
-    return peft.get_peft_model(model, config)
+    """The frozen model, in training by one method; full fine-tuning leaves the tower as it is."""
+    config = case.choice.config(lora.adapted_layers(model, case.choice))
+    if case.last_blocks:
+        config = replace(config, last_blocks={"model.layers": last_quarter(case.layers)})
+    return train_by(method, model, config, never=["model.vision_embedding.0"])
 
 
 # -- batch and loss --------------------------------------------------------------------------------
@@ -165,8 +166,19 @@ def random_batch(case: Case) -> Batch:
     return {name: tensor.to(case.device) for name, tensor in batch.items()}
 
 
-def loss_of(model: nn.Module, batch: dict[str, Any], case: Case) -> Tensor:
+def step_batch(case: Case, weights: Mapping[str, Tensor]) -> Batch:
+    """The same, with what the vision tower makes of the pictures."""
+    batch = random_batch(replace(case, cached=False))
+    with torch.no_grad(), case.autocast():
+        tower = frozen(case, weights).eval().model
+        batch["vision_features"] = tower.get_vision_features(batch["patches"], batch["grids"])
+    return batch
+
+
+def loss_of(model: nn.Module, batch: Mapping[str, Any], case: Case) -> Tensor:
     """Mean cross entropy of the labels."""
+    without = "patches" if case.cached else "vision_features"
+    given = {name: value for name, value in batch.items() if name != without}
     with case.autocast():
-        loss: Tensor = model(**batch).loss
+        loss: Tensor = model(**given).loss
     return loss

@@ -1,13 +1,14 @@
 """What the benchmarks measure: time and peak memory, and tables of them.
 
-torch is imported only where it is needed: `sam2_step.py` starts its processes from a small one.
+torch is imported only where it is needed: `page.py` runs without it.
 """
 
 from __future__ import annotations
 
 import itertools
+import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -33,6 +34,29 @@ def timed(run: Callable[[], Any], device: str) -> tuple[float, Any]:
     return first.elapsed_time(last) / 1000, result
 
 
+def interleaved(
+    variants: Mapping[str, Callable[[], Any]], rounds: int, device: str
+) -> dict[str, list[float]]:
+    """Seconds of each variant in each round: they take turns, in another order every time.
+
+    A round before the first one warms up and does not count.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    order = list(variants)
+    for number in range(rounds + 1):
+        for name in order:
+            taken, _ = timed(variants[name], device)
+            if number:
+                seconds[name].append(taken)
+        order = [*order[1:], order[0]]
+    return seconds
+
+
+def ratio(one: Sequence[float], other: Sequence[float]) -> float:
+    """Median over the rounds of the ratio in each."""
+    return statistics.median(a / b for a, b in zip(one, other, strict=True))
+
+
 def peak_bytes(run: Callable[[], Any], device: str) -> int:
     """The most bytes that tensors made by `run` have at one time, beyond those there before it.
 
@@ -55,7 +79,7 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int:
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A markdown table; numbers are written with two decimals, or none from 100 on."""
+    """A markdown table; numbers have two decimals, none from 100 on, three below 0.1."""
     lines = [header, ["---"] * len(header), *([cell(value) for value in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -63,5 +87,6 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def cell(value: object) -> str:
     """The text of one entry."""
     if isinstance(value, float):
-        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2f}"
+        decimals = 0 if abs(value) >= 100 else 2 if abs(value) >= 0.1 or value == 0 else 3
+        return f"{value:.{decimals}f}"
     return str(value)

@@ -21,31 +21,36 @@ import os
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")
 
 import numpy as np
 import torch
-from measure import markdown, timed
-from midi3d_methods import Case, adapted_skeleton, base, build, loss_of, random_batch
-from torch import Tensor, nn
+from measure import timed
+from midi3d_methods import (
+    PATCH,
+    Case,
+    adapted_skeleton,
+    base,
+    build,
+    clip_model,
+    dino_model,
+    loss_of,
+    random_batch,
+    vae_encoder,
+)
+from results import Table, publish
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from training_step import Contender
-from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-    Dinov2Config,
-    Dinov2Model,
-)
 from transformers.initialization import no_init_weights
 
 from midi3d_lora.conditioning.pixel_values import PictureSettings, mask_values, pixel_values
-from midi3d_lora.vae.autoencoder import TripoSGVAEModel
 from midi3d_lora.vae.farthest_points import choose_query_points
 
-PATCH = 14
 TERA = 1e12
 
 
@@ -78,34 +83,11 @@ class Sizes:
 SCALED = Sizes(narrower=8, tokens=512, points=5120, side=256, clip_side=112)
 
 
-def clip_model(sizes: Sizes) -> nn.Module:
-    """The vision tower of CLIP ViT-L/14, random."""
-    config = CLIPVisionConfig(
-        hidden_size=1024 // sizes.narrower, intermediate_size=4096 // sizes.narrower,
-        num_hidden_layers=24, num_attention_heads=16, image_size=sizes.clip_side, patch_size=PATCH,
-        projection_dim=768,
-    )  # fmt: skip
-    return CLIPVisionModelWithProjection(config).eval()
-
-
-def dino_model(sizes: Sizes) -> nn.Module:
-    """DINOv2-large with 7 channels, random."""
-    config = Dinov2Config(
-        hidden_size=1024 // sizes.narrower, num_hidden_layers=24, num_attention_heads=16,
-        image_size=518, patch_size=PATCH, num_channels=7,
-    )  # fmt: skip
-    return Dinov2Model(config).eval()
-
-
-def vae_encoder(sizes: Sizes) -> nn.Module:
-    """The autoencoder, random; its decoder has one layer, since nothing runs it."""
-    width = 512 // sizes.narrower
-    return TripoSGVAEModel(width_encoder=width, width_decoder=8, num_layers_decoder=1).eval()
-
-
 def encoders(sizes: Sizes) -> dict[str, Callable[[], Any]]:
     """What is encoded of one instance, by name."""
-    tower, eye, vae = clip_model(sizes), dino_model(sizes), vae_encoder(sizes)
+    narrower = sizes.narrower
+    tower, eye = clip_model(sizes.clip_side, narrower), dino_model(narrower)
+    vae = vae_encoder(narrower)
     surface = torch.randn(1, sizes.points, 6)
     chosen = surface[:, : sizes.tokens]
     instance = torch.randn(1, 3, sizes.clip_side, sizes.clip_side)
@@ -152,7 +134,7 @@ def step_operations(case: Case) -> float:
         return operations(lambda: loss_of(model, batch, case).backward())
 
 
-def counted() -> str:
+def counted() -> dict[str, Table]:
     """Tables of the released sizes."""
     sizes = Sizes()
     with FakeTensorMode(), no_init_weights(), torch.no_grad():
@@ -165,14 +147,16 @@ def counted() -> str:
             ratio = (step + encoded) / step
             rows.append([instances, "yes" if checkpointing else "no", step, encoded, ratio])
     header = ["instances of the scene", "checkpointing", "step", "encoders", "without / with cache"]
-    first = markdown(["encoder", "10^12 operations"], parts.items())
-    return f"{first}\n\n{markdown(header, rows)}"
+    return {
+        "encoders": Table(["encoder", "10^12 operations"], list(parts.items())),
+        "operations": Table(header, rows),
+    }
 
 
 # -- seconds ---------------------------------------------------------------------------------------
 
 
-def measured(rounds: int) -> str:
+def measured(rounds: int) -> dict[str, Table]:
     """A table of the scaled sizes."""
     sizes = SCALED
     case = sizes.case()
@@ -203,7 +187,8 @@ def measured(rounds: int) -> str:
                 seconds[name].append(timed(run, "cpu")[0])
     found = {name: statistics.median(each) for name, each in seconds.items()}
     ratio = sum(found.values()) / found["step"]
-    return markdown([*found, "without / with cache"], [[*found.values(), ratio]])
+    table = Table([*found, "without / with cache"], [[*found.values(), ratio]])
+    return {"seconds": table}
 
 
 def settings(side: int) -> PictureSettings:
@@ -219,9 +204,10 @@ def main() -> None:
     parser.add_argument("--flops", action="store_true", help="count at the released sizes")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="write the tables to this file too")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(counted() if args.flops else measured(args.rounds))
+    publish(counted() if args.flops else measured(args.rounds), args.json)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from measure import markdown
+from results import Table, publish
 from torch import Tensor
 
 from midi3d_lora.meshes.extraction import ExtractionSettings, extract_mesh
@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=8, help="2^depth + 1 points a side")
     parser.add_argument("--every", type=int, default=60, help="calls for each of the decoder's")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="write the tables to this file too")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     depth = args.depth
@@ -120,7 +121,7 @@ def main() -> None:
         for name, settings in ways.items()
     ]
     header = ["way", "points", "seconds", "decoder, s", "peak MB", "faces"]
-    print(markdown(header, rows))
+    publish({"meshes": Table(header, rows)}, args.json)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from measure import markdown
 from midi3d_methods import Case, adapted_skeleton, loss_of, random_batch
+from results import Table, publish
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -93,13 +94,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--cpu", action="store_true", help="as the CPU computes it")
+    parser.add_argument("--json", type=Path, help="write the tables to this file too")
     args = parser.parse_args()
     with contextlib.nullcontext() if args.cpu else as_on_gpu():
         lines = [line(n, args.rank, on) for on in (True, False) for n in args.rows]
     header = [
         "checkpointing", "rows", "weights, adapters, AdamW: GB", "kept", "workspace", "together",
     ]  # fmt: skip
-    print(markdown(header, lines))
+    publish({"memory": Table(header, lines)}, args.json)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,6 +22,7 @@ from pathlib import Path
 from measure import markdown
 
 VERSIONS = ("torch", "transformers", "peft", "diffusers", "accelerate", "spconv")
+SETTINGS = ("OMP_NUM_THREADS", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")  # of the environment
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # that decide how fast products are
 
 
@@ -63,21 +66,60 @@ class Results:
 
 def publish(tables: Mapping[str, Table], file: Path | None, device: str = "cpu") -> None:
     """Print tables, and write them to `file` together with machine, versions and command."""
-    print("\n\n".join(f"{name}\n\n{table}" for name, table in tables.items()))
+    print("\n" + "\n\n".join(f"{name}\n\n{table}" for name, table in tables.items()))
     if file is None:
         return
     import torch
 
     results = Results(
-        command=" ".join(["python", *sys.argv]),
-        tables=dict(tables),
+        command=command(),
+        tables={name: rounded(table) for name, table in tables.items()},
         machine=machine(device),
         versions={"python": platform.python_version(), **installed()},
         threads=torch.get_num_threads(),
         allocator="warm" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "fresh",
     )
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(asdict(results), indent=1) + "\n")
+    text = json.dumps(asdict(results), indent=1)
+    # A row to a line, as a reader of changes wants it.
+    text = re.sub(r"\[\n\s+([^\[\]]*?)\n\s+\]", lambda row: _in_one_line(row[1]), text)
+    file.write_text(text + "\n")
+
+
+def _in_one_line(entries: str) -> str:
+    return "[" + re.sub(r"\n\s+", " ", entries) + "]"
+
+
+def command() -> str:
+    """How to run this program again from the repository's root, whatever it was run from."""
+    program, *words = sys.argv
+    if "--json" in words:
+        where = words.index("--json")
+        del words[where : where + 2]
+    settings = [f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ]
+    return shlex.join([*settings, "python", f"tools/bench/{Path(program).name}", *words])
+
+
+def rounded(table: Table) -> Table:
+    """The table with five digits of each number, more than any measurement has."""
+    rows = [[float(f"{v:.5g}") if isinstance(v, float) else v for v in row] for row in table.rows]
+    return Table(table.header, rows)
+
+
+def fast_in_bf16(device: str) -> bool:
+    """Whether the device has instructions for products in bf16; without, some take 100 times."""
+    if device == "cuda":
+        return True
+    facts = processor()
+    found = {*facts.get("flags", "").split(), *facts.get("Features", "").split()}
+    return not found.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def processor() -> dict[str, str]:
+    """What Linux says about the last processor core; {} elsewhere."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return dict(line.replace("\t", "").split(": ", 1) for line in lines if ": " in line)
 
 
 def machine(device: str) -> str:
@@ -86,8 +128,7 @@ def machine(device: str) -> str:
         import torch
 
         return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    facts = dict(line.replace("\t", "").split(": ", 1) for line in lines if ": " in line)
+    facts = processor()
     known = [name for name in INSTRUCTIONS if name in facts.get("flags", "").split()]
     return f"{facts.get('model name', 'CPU')}, {os.cpu_count()} cores, {' '.join(known)}"
 

@@ -1,37 +1,90 @@
-"""The networks that `sam3_step.py` compares, their forward passes, and a batch; all is random."""
+"""The network of sam3-lora whose training steps are compared, its forward passes, and a batch.
+
+Everything is random.
+"""
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-import peft
 import torch
-from floor import begin_graph_at
 from torch import Tensor, nn
+from training_step import last_quarter, train_by
 from transformers import Sam3Config, Sam3Model
 
-from lora_core import targets
 from sam3_lora import losses, network, placement
 from sam3_lora.config import PATCH, Config, Lora, Training
 from sam3_lora.outputs import Detections, Outputs, Targets
 
 WORDS, TOKENS = 512, 32  # the vocabulary costs no time; a phrase has up to 32 tokens
+BLOCKS = "vision_encoder.backbone.layers"
 
 
-def settings(args: argparse.Namespace) -> Config:
-    """What `sam3-lora train` would be told."""
-    lora = Lora(rank=args.rank, dropout=args.dropout)
-    return Config(lora=lora, training=Training(enable_segmentation=args.stock))
+@dataclass(frozen=True)
+class Case:
+    """What is trained on what.
+
+    Attributes:
+        size: pixels of a picture's side.
+        vision_layers: every fourth one global. detr_layers: of encoder and decoder each.
+        images: of the batch. phrases: asked of each image.
+        stock: PEFT's network runs `Sam3Model.forward`, and all have the loss of its outputs.
+        precision: "fp32", "autocast", or "bf16": weights of the image encoder's transformer in
+            bf16, all under autocast.
+        last_blocks: of the image encoder only the last quarter of the blocks has adapters.
+        cached: the text features are given.
+    """
+
+    size: int = 336
+    vision_layers: int = 4
+    text_layers: int = 3
+    detr_layers: int = 1
+    images: int = 1
+    phrases: int = 2
+    rank: int = 8
+    dropout: float = 0.1
+    stock: bool = False
+    precision: str = "fp32"
+    checkpointing: bool = False
+    last_blocks: bool = False
+    cached: bool = True
+    device: str = "cpu"
+
+    @property
+    def config(self) -> Config:
+        """What `sam3-lora train` would be told."""
+        lora = Lora(rank=self.rank, dropout=self.dropout)
+        return Config(lora=lora, training=Training(enable_segmentation=self.stock))
+
+    @property
+    def other_loss(self) -> tuple[str, ...]:
+        """`Sam3Model.forward` has no class token."""
+        return ("PEFT",) if self.stock else ()
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.precision != "fp32")
 
 
-def autocast(args: argparse.Namespace) -> torch.autocast:
-    return torch.autocast(args.device, torch.bfloat16, enabled=args.precision != "fp32")
+CASES = {
+    "fp32": Case(),
+    "fp32, no dropout": Case(dropout=0.0),
+    "fp32, stock": Case(stock=True),
+    "autocast": Case(precision="autocast"),
+    "bf16 encoder": Case(precision="bf16"),
+    "autocast, stock": Case(precision="autocast", stock=True),
+}
+VARIANTS: Mapping[str, dict[str, Any]] = {
+    "checkpointed": {"checkpointing": True},
+    "last blocks": {"last_blocks": True},
+    "uncached": {"cached": False},
+}
 
 
-def architecture(args: argparse.Namespace) -> Sam3Config:
+def architecture(case: Case) -> Sam3Config:
     """The published widths and heads with fewer blocks; a window has a third of the side."""
-    cells, blocks = args.image_size // PATCH, args.vision_layers
+    cells, blocks = case.size // PATCH, case.vision_layers
     sides = [cells * 4, cells * 2, cells]
     config = Sam3Config(
         vision_config={
@@ -39,7 +92,7 @@ def architecture(args: argparse.Namespace) -> Sam3Config:
                 "model_type": "sam3_vit_model",
                 "num_hidden_layers": blocks,
                 "global_attn_indexes": list(range(3, blocks, 4)),
-                "image_size": args.image_size,
+                "image_size": case.size,
                 "window_size": max(1, cells // 3),
             },
             "backbone_feature_sizes": [[side, side] for side in sides],
@@ -47,105 +100,97 @@ def architecture(args: argparse.Namespace) -> Sam3Config:
         text_config={
             "vocab_size": WORDS, "bos_token_id": WORDS - 2, "eos_token_id": WORDS - 1,
             "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16,
-            "num_hidden_layers": args.text_layers, "max_position_embeddings": TOKENS,
+            "num_hidden_layers": case.text_layers, "max_position_embeddings": TOKENS,
         },
     )  # fmt: skip
     config.geometry_encoder_config.num_layers = 1
-    config.detr_encoder_config.num_layers = args.detr_layers
-    config.detr_decoder_config.num_layers = args.detr_layers
+    config.detr_encoder_config.num_layers = case.detr_layers
+    config.detr_decoder_config.num_layers = case.detr_layers
     return config
 
 
-def build(
-    method: str, args: argparse.Namespace, batch: dict[str, Any]
-) -> tuple[nn.Module, Tensor | None]:
-    """The network ready to train by one method, and the features of the batch's phrases.
-
-    All methods have equal weights. With precision "bf16" those of the image encoder's transformer
-    are bf16; adapters are fp32. Features are None where the text encoder runs in every step.
-    """
+def random_weights(case: Case) -> dict[str, Tensor]:
+    """Of the whole network: matrices keep the size of what passes through them."""
     torch.manual_seed(0)
-    model = network.build_network(architecture(args))
+    model = network.build_network(architecture(case))
     for name, parameter in model.named_parameters():  # at the library's own, nearly all is zero
         if parameter.dim() > 1:
             nn.init.normal_(
                 parameter, std=0.02 if "embed" in name else parameter[0].numel() ** -0.5
             )
-    if args.precision == "bf16":
+    if case.precision == "bf16":
         model.vision_encoder.backbone.bfloat16()
-    model = model.to(args.device).requires_grad_(False)
-    features = None
-    if not (args.stock and method == "PEFT"):
-        with torch.no_grad(), autocast(args):
-            features = network.encode_text(model, batch["input_ids"], batch["attention_mask"])
+    return model.to(case.device).state_dict()
+
+
+def frozen(case: Case, weights: Mapping[str, Tensor]) -> Sam3Model:
+    """The frozen network, with these very weights."""
+    model = network.build_network(architecture(case), device="meta")
+    model.load_state_dict(weights, assign=True)
+    if case.precision == "bf16":
+        model.vision_encoder.backbone.bfloat16()  # its buffers
+    network.set_gradient_checkpointing(model, case.checkpointing)
+    return model.to(case.device).requires_grad_(False)
+
+
+def build(method: str, case: Case, weights: Mapping[str, Tensor]) -> nn.Module:
+    """The network ready to train by one method; the frozen weights are shared by all."""
+    model = frozen(case, weights)
+    # The stock network's own forward needs its text encoder.
+    if case.cached and not (case.stock and method == "PEFT"):
         network.drop_text_encoder(model)
-    cfg = settings(args)
-    if method == "lora_core":
-        placement.adapt(model, cfg)
-    elif method == "PEFT":
-        model = with_peft(model, cfg)
-    elif method == "full":
-        model.requires_grad_(True)
-    else:
-        begin_graph_at(model, targets.resolve(model, placement.lora_config(cfg)))
-    return model.train(), features
-
-
-def with_peft(model: Sam3Model, cfg: Config) -> peft.PeftModel:
-    """PEFT's adapters on the layers that `placement.adapt` would take."""
-    patterns = [
-        pattern.removeprefix("re:") for pattern in placement.lora_config(cfg).target_modules
-    ]
-    adapter = peft.LoraConfig(
-        r=cfg.lora.rank,
-        lora_alpha=cfg.lora.alpha,
-        lora_dropout=cfg.lora.dropout,
-        target_modules="|".join(patterns),
-    )
-    return peft.get_peft_model(model, adapter)
+    config = placement.lora_config(case.config)
+    if case.last_blocks:
+        config = replace(config, last_blocks={BLOCKS: last_quarter(case.vision_layers)})
+    return train_by(method, model, config)
 
 
 # -- one step ------------------------------------------------------------------------------------
 
 
-def random_batch(args: argparse.Namespace) -> dict[str, Any]:
+def step_batch(case: Case, weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """Every phrase asked of every image; it finds two rectangles in it."""
     generator = torch.Generator().manual_seed(0)
-    images, phrases = args.images, args.phrases
-    count, size = images * phrases, args.image_size
+    count, size = case.images * case.phrases, case.size
     boxes = 0.2 + 0.6 * torch.rand(2 * count, 4, generator=generator)
     boxes[:, 2:] *= 0.4
     drawn = torch.zeros(2 * count, size, size, dtype=torch.bool)
     for mask, (x, y, w, h) in zip(drawn, (boxes * size).tolist(), strict=True):
         mask[int(y - h / 2) : int(y + h / 2), int(x - w / 2) : int(x + w / 2)] = True
-    tokens = torch.ones(phrases, TOKENS, dtype=torch.long)
-    tokens[:, :8] = torch.randint(2, WORDS - 2, (phrases, 8), generator=generator)
+    tokens = torch.ones(case.phrases, TOKENS, dtype=torch.long)
+    tokens[:, :8] = torch.randint(2, WORDS - 2, (case.phrases, 8), generator=generator)
     batch = {
-        "pixel_values": torch.randn(images, 3, size, size, generator=generator),
+        "pixel_values": torch.randn(case.images, 3, size, size, generator=generator),
         "input_ids": tokens,
-        "attention_mask": (torch.arange(TOKENS) < 8).long().repeat(phrases, 1),
-        "image_ids": torch.arange(images).repeat_interleave(phrases),
-        "text_ids": torch.arange(phrases).repeat(images),
+        "attention_mask": (torch.arange(TOKENS) < 8).long().repeat(case.phrases, 1),
+        "image_ids": torch.arange(case.images).repeat_interleave(case.phrases),
+        "text_ids": torch.arange(case.phrases).repeat(case.images),
     }
-    batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
-    found = Targets(boxes, torch.full((count,), 2), drawn if args.stock else None)
-    for name in ("boxes", "counts", "masks"):
-        if (tensor := getattr(found, name)) is not None:
-            setattr(found, name, tensor.to(args.device))
+    batch = {name: tensor.to(case.device) for name, tensor in batch.items()}
+    with torch.no_grad(), case.autocast():
+        batch["text_features"] = network.encode_text(
+            frozen(case, weights), batch["input_ids"], batch["attention_mask"]
+        )
+    found = Targets(
+        boxes.to(case.device),
+        torch.full((count,), 2, device=case.device),
+        drawn.to(case.device) if case.stock else None,
+    )
     return batch | {"targets": found}
 
 
-def loss_of(model: Any, batch: dict[str, Any], args: argparse.Namespace) -> Tensor:
+def loss_of(model: Any, batch: dict[str, Any], case: Case) -> Tensor:
     """The official loss of one forward pass; of its last layer alone in a "stock" case."""
-    with autocast(args):
-        if "text_features" in batch:
-            inner = model.base_model.model if isinstance(model, peft.PeftModel) else model
-            outputs = network.forward(inner, batch, masks=args.stock, one_to_many=not args.stock)
-        else:
+    with case.autocast():
+        if case.stock and hasattr(model, "peft_config"):
             outputs = stock_forward(model, batch)
-        if args.stock:
+        else:
+            if not case.cached:
+                batch = {name: value for name, value in batch.items() if name != "text_features"}
+            outputs = network.forward(model, batch, masks=case.stock, one_to_many=not case.stock)
+        if case.stock:
             outputs = Outputs(outputs.one_to_one[-1:], [], outputs.presence[-1:], outputs.semantic)
-        weights = losses.LossSettings(masks=args.stock)
+        weights = losses.LossSettings(masks=case.stock)
         return losses.loss(outputs, batch["targets"], weights)[0]
 
 

@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python tools/bench/scenesplat_convolution.py --voxels 30000 --channels 256
 
 spconv is no dependency of anything here; `pip install spconv` brings the CPU build (Linux, x86),
-and without it its columns are left out. The kernel has 3^3 offsets, all is float32. A convolution
+and without it there is no table of it. The kernel has 3^3 offsets, all is float32. A convolution
 needs to know the neighbours of each voxel: a network finds them once per stage and step (`table`),
 spconv within the first convolution of an `indice_key`. Both ways are in the ratios, with the table
 and without it; `in a stage` is one table and two convolutions, which a stage of the released
@@ -20,15 +20,18 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from measure import markdown, timed
+from measure import interleaved, ratio
+from results import Table, publish
 from scenesplat_rooms import room
 from torch import Tensor
 
 from scenesplat_lora.network.submanifold import convolve, find_neighbours
 
+GOAL = 2.0  # forward passes, of both passes in a stage
 Variants = dict[str, Callable[[], Any]]
 
 
@@ -40,7 +43,8 @@ def ours(grid: Tensor, feat: Tensor, weight: Tensor) -> Variants:
     gradient = torch.randn_like(feat)
 
     def both() -> tuple[Tensor, ...]:
-        out = convolve(trained, weight, None, neighbours)
+        with torch.enable_grad():
+            out = convolve(trained, weight, None, neighbours)
         return out, *torch.autograd.grad(out, trained, gradient)
 
     return {
@@ -81,34 +85,21 @@ def theirs(grid: Tensor, feat: Tensor, weight: Tensor) -> Variants:
     return {"spconv": lambda: forward(known), "spconv, table": lambda: forward({})}
 
 
-def measure(run: Variants, rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each variant in each round, after one that warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in run}
-    for number in range(rounds + 1):
-        for name, call in run.items():
-            with torch.set_grad_enabled(name == "both"):
-                took, _ = timed(call, device)
-            if number:
-                seconds[name].append(took)
-    return seconds
-
-
-def row(seconds: dict[str, list[float]]) -> list[float | str]:
-    """Milliseconds of each variant, then ratios."""
+def own_row(seconds: dict[str, list[float]]) -> list[float]:
+    """Milliseconds of table, forward and both, then ratios of both to forward."""
     table, forward, both = (seconds[name] for name in ("table", "forward", "both"))
-    values: list[float | str] = [1000 * statistics.median(s) for s in (table, forward, both)]
     stages = [[t + 2 * c for t, c in zip(table, one, strict=True)] for one in (both, forward)]
-    backward = _ratio(both, forward), _ratio(*stages)
-    if "spconv" not in seconds:
-        return [*values, "-", "-", "-", "-", *backward]
+    values = [1000 * statistics.median(each) for each in (table, forward, both)]
+    return [*values, ratio(both, forward), ratio(*stages)]
+
+
+def spconv_row(seconds: dict[str, list[float]]) -> list[float]:
+    """Milliseconds of spconv without and with its table, then ratios of ours to them."""
+    table, forward = seconds["table"], seconds["forward"]
     spconv, whole = seconds["spconv"], seconds["spconv, table"]
     with_table = [a + b for a, b in zip(table, forward, strict=True)]
-    values += [1000 * statistics.median(s) for s in (spconv, whole)]
-    return [*values, _ratio(forward, spconv), _ratio(with_table, whole), *backward]
-
-
-def _ratio(one: list[float], other: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(one, other, strict=True))
+    values = [1000 * statistics.median(each) for each in (spconv, whole)]
+    return [*values, ratio(forward, spconv), ratio(with_table, whole)]
 
 
 def main() -> None:
@@ -120,24 +111,32 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="write the tables to this file too")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     grid = room(args.voxels).to(args.device)
-    rows, absent = [], False
+    own, beside_spconv = [], []
     for channels in args.channels:
         feat = torch.randn(len(grid), channels, device=args.device)
         weight = torch.randn(channels, 3, 3, 3, channels, device=args.device) / channels**0.5 / 5
         spconv = theirs(grid, feat, weight)
-        absent = not spconv
-        seconds = measure({**ours(grid, feat, weight), **spconv}, args.rounds, args.device)
-        rows.append([f"{len(grid):,} x {channels}", *row(seconds)])
-    header = ("voxels x channels", "table ms", "forward ms", "forward + backward ms", "spconv ms")
-    header += ("spconv with table ms", "ours / spconv", "with tables", "both / forward")
-    header += ("in a stage",)
-    print(markdown(header, rows))
-    if absent:
-        print("\nspconv is not installed: its columns are left out.")
+        with torch.no_grad():
+            run = {**ours(grid, feat, weight), **spconv}
+            seconds = interleaved(run, args.rounds, args.device)
+        what = f"{len(grid):,} x {channels}"
+        own.append([what, *own_row(seconds), GOAL])
+        if spconv:
+            beside_spconv.append([what, *spconv_row(seconds)])
+    first = "voxels x channels"
+    header = [first, "table ms", "forward ms", "forward + backward ms", "both / forward"]
+    tables = {"convolution": Table([*header, "in a stage", "goal"], own)}
+    if beside_spconv:
+        header = [first, "spconv ms", "spconv with table ms", "ours / spconv", "with tables"]
+        tables["spconv"] = Table(header, beside_spconv)
+    else:
+        print("spconv is not installed: there is no table of it.")
+    publish(tables, args.json, args.device)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,29 @@
-"""The networks of scenesplat-lora that are compared, a batch, and the loss; all is random."""
+"""The network of scenesplat-lora whose training steps are compared, a batch, and the loss.
+
+Everything is random.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-import peft
 import torch
-from floor import begin_graph_at
 from scenesplat_rooms import room
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from training_step import last_quarter, train_by
 
-from scenesplat_lora import lora, losses
+from lora_core.config import LoraConfig
+from lora_core.module_names import only
+from scenesplat_lora import losses
 from scenesplat_lora.config import DISTILLATION
 from scenesplat_lora.names import chosen_layers
 from scenesplat_lora.network.frozen_norms import freeze_statistics
 from scenesplat_lora.network.models import LangPretrainer
+from scenesplat_lora.network.ptv3 import PointTransformerV3, stages_of
 from scenesplat_lora.network.ptv3_config import LANGUAGE, PTv3Config
 from scenesplat_lora.presets import LoraChoice
 
@@ -34,14 +42,19 @@ class Case:
     Attributes:
         depth: see `DEPTHS`. width: what the released channels are divided by.
         parts: that have adapters: "enc", "dec".
+        precision: "fp32" or "autocast".
+        last_blocks: only the last quarter of the blocks has adapters.
     """
 
-    voxels: int
-    depth: str = "short"
+    voxels: int = 2000
+    depth: str = "whole"
     width: int = 1
     rank: int = 8
     dropout: float = 0.0
     parts: tuple[Any, ...] = ("enc",)
+    precision: str = "fp32"
+    checkpointing: bool = False
+    last_blocks: bool = False
     device: str = "cpu"
 
     @property
@@ -59,33 +72,60 @@ class Case:
         }
         return replace(LANGUAGE, enc_depths=encoder, dec_depths=decoder, **narrow)
 
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.precision != "fp32")
 
-def build(method: str, case: Case) -> nn.Module:
-    """The network ready to train by one method; all have the same weights and frozen statistics."""
+
+CASES = {
+    "fp32": Case(),
+    "fp32, dropout": Case(dropout=0.05),
+    "fp32, with decoder": Case(parts=("enc", "dec")),
+    "autocast": Case(precision="autocast"),
+}
+VARIANTS: Mapping[str, dict[str, Any]] = {
+    "checkpointed": {"checkpointing": True},
+    "last blocks": {"last_blocks": True},
+}
+
+
+def random_weights(case: Case) -> dict[str, Tensor]:
+    """Those that a new network has."""
     torch.manual_seed(0)
-    model: nn.Module = LangPretrainer(case.network).to(case.device).requires_grad_(False)
+    return LangPretrainer(case.network).to(case.device).state_dict()
+
+
+def build(method: str, case: Case, weights: Mapping[str, Tensor]) -> nn.Module:
+    """The network ready to train by one method; all share weights and frozen statistics."""
+    model: Any = LangPretrainer(case.network).to(case.device)
+    model.load_state_dict(weights, assign=True)
+    model.requires_grad_(False)  # tensors that were assigned want gradients
     freeze_statistics(model)
-    if method == "lora_core":
-        lora.inject_choice(model, case.choice)
-    elif method == "PEFT":
-        model = with_peft(model, case)
-    elif method == "full":
-        model.requires_grad_(True)
-    else:
-        begin_graph_at(model, [layer.path for layer in chosen_layers(model, case.choice)])
-    return model.train()
-
-
-def with_peft(model: Any, case: Case) -> nn.Module:
-    """PEFT's adapters on the layers that `lora.inject_choice` would take."""
+    if case.checkpointing:
+        recompute_blocks(model.backbone)
     paths = [layer.path for layer in chosen_layers(model, case.choice)]
-    config = peft.LoraConfig(
-        r=case.rank, lora_alpha=case.rank, lora_dropout=case.dropout, target_modules=paths
+    if case.last_blocks:
+        paths = in_last_blocks(paths)
+    config = LoraConfig(
+        target_modules=only(paths), r=case.rank, lora_alpha=case.rank, lora_dropout=case.dropout
     )
-    return peft.get_peft_model(model, config)
+    return train_by(method, model, config)
 
 
-def random_batch(case: Case) -> dict[str, Any]:
+def recompute_blocks(backbone: PointTransformerV3) -> None:
+    """Checkpointing by torch, which the package has no setting for."""
+    for stage in (*stages_of(backbone.enc), *stages_of(backbone.dec)):
+        for block in stage.blocks():
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+
+
+def in_last_blocks(paths: Sequence[str]) -> list[str]:
+    """Those of the layers, in the order in which they run, that lie in the last of the blocks."""
+    blocks = list(dict.fromkeys(path.partition(".attn.")[0] for path in paths))
+    last = blocks[-last_quarter(len(blocks)) :]
+    return [path for path in paths if path.partition(".attn.")[0] in last]
+
+
+def step_batch(case: Case, weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """One room, with random features and a language feature for nine of ten voxels."""
     grid = room(case.voxels)
     generator = torch.Generator().manual_seed(0)
@@ -101,9 +141,10 @@ def random_batch(case: Case) -> dict[str, Any]:
     return {name: tensor.to(case.device) for name, tensor in batch.items()}
 
 
-def loss_of(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+def loss_of(model: nn.Module, batch: dict[str, Any], case: Case) -> Tensor:
     """The default loss of a language model: cosine and L2."""
-    pred = model(batch)
-    return losses.distillation_loss(
-        pred, batch["lang_feat"], batch["valid_feat_mask"], None, TERMS, 0.0
-    )[0]
+    with case.autocast():
+        pred = model(batch)
+        return losses.distillation_loss(
+            pred, batch["lang_feat"], batch["valid_feat_mask"], None, TERMS, 0.0
+        )[0]

@@ -6,7 +6,7 @@ One room of 10,000 to 300,000 voxels, the released language model with its patch
 sixteenth of its channels and one block per stage, so that 300,000 voxels fit on a processor; LoRA
 of rank 8 on qkv and proj of the encoder, default loss, AdamW. The sizes take turns: a round is one
 step of each. Seconds are medians over the rounds, on the CPU the process' own time; `peak` and
-`kept` are those of scenesplat_step.py. The exponent is the slope of the line of least squares
+`kept` are those of step.py. The exponent is the slope of the line of least squares
 through the logarithms: 1 is linear, 2 would be attention among all voxels. The picture needs
 matplotlib.
 """
@@ -22,23 +22,23 @@ from pathlib import Path
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # it would write about every measured peak
 
 import numpy as np
+import scenesplat_methods
 import torch
-from measure import markdown
+from results import Table, publish
 from scenesplat_methods import DEPTHS, Case
 from scenesplat_rooms import room
-from scenesplat_step import contender
-from training_step import MB
+from training_step import MB, contenders
 
 COLUMNS = ("seconds", "peak MB", "kept MB")
 
 
 def measure(cases: list[Case], rounds: int) -> list[tuple[int, float, float, float]]:
     """Voxels, seconds of a step, peak MB and kept MB of each case."""
-    contenders = [contender("lora_core", case) for case in cases]
-    for one in contenders:
+    compared = [contenders(scenesplat_methods, case, ["lora_core"])["lora_core"] for case in cases]
+    for one in compared:
         one.measure_memory()
     for _ in range(rounds):
-        for one in contenders:
+        for one in compared:
             one.cost.rounds.append(one.step())
     return [
         (
@@ -47,7 +47,7 @@ def measure(cases: list[Case], rounds: int) -> list[tuple[int, float, float, flo
             one.cost.peak / MB,
             one.cost.kept / MB,
         )
-        for case, one in zip(cases, contenders, strict=True)
+        for case, one in zip(cases, compared, strict=True)
     ]
 
 
@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="where to write a plot (PNG)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="write the tables to this file too")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", message="a rank above")  # 2 channels at this width
@@ -96,7 +97,8 @@ def main() -> None:
     figures = np.array(measure(cases, args.rounds))
     powers = [exponent(figures[:, 0], figures[:, column]) for column in (1, 2, 3)]
     rows = [[f"{int(voxels):,}", *rest] for voxels, *rest in figures.tolist()]
-    print(markdown(("voxels", *COLUMNS), [*rows, ["exponent", *powers]]))
+    table = Table(("voxels", *COLUMNS), [*rows, ["exponent", *powers]])
+    publish({"growth": table}, args.json, args.device)
     if args.picture is not None:
         draw(figures, powers, args.picture)
 

@@ -1,27 +1,111 @@
-"""What training steps of several methods cost, side by side: seconds, peak memory, kept bytes."""
+"""What training steps of several methods cost, side by side: seconds, peak memory, kept bytes.
+
+A package's module, such as `sam2_methods`, says what is trained:
+
+    CASES           name -> case, a frozen dataclass; the first one has the guide's settings
+    VARIANTS        further methods of ours -> fields of the case that they change
+    random_weights  case -> state dict of the frozen network, shared by all methods
+    build           method, case, weights -> the network, in training
+    step_batch      case, weights -> a batch, shared by all methods
+    loss_of         network, batch, case -> the loss of one forward pass
+
+All methods compute the same loss before training, but for those in a case's `other_loss`.
+"""
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
-from measure import markdown, peak_bytes, timed
+from floor import begin_graph_at
+from measure import peak_bytes, ratio, timed
+from results import Table
 from torch import Tensor, nn
 
+from lora_core.config import LoraConfig
+from lora_core.injection import inject
 from lora_core.memory import saved_bytes
+from lora_core.module_names import only
+from lora_core.targets import resolve
 
 METHODS = ("floor", "lora_core", "PEFT")
 MB = 1e6
-FIGURES = (
-    "case", "method", "trained", "loss", "forward s", "backward s", "update s", "peak MB",
-    "kept MB",
+NONE: Any = "–"
+STEPS = (
+    "case", "method", "trained", "forward s", "backward s", "update s", "peak MB", "kept MB",
 )  # fmt: skip
-SHARES = (
-    "case", "ours / PEFT", "ours / floor", "PEFT / floor", "(ours - floor) / (PEFT - floor)",
-    "ours - floor, kept MB", "PEFT - floor, kept MB", "ratio",
+RATIOS = (
+    "case", "method", "time / floor", "time / PEFT", "kept above the floor MB", "/ PEFT's",
 )  # fmt: skip
+TOLERANCE = {"fp32": 1e-5}  # of losses, relative; adapters that have not learned yet add 0
+HALF_TOLERANCE = 1e-2
+
+
+# -- methods ---------------------------------------------------------------------------------------
+
+
+def methods_of(package: Any) -> tuple[str, ...]:
+    """All methods that a package's step is compared in."""
+    return (*METHODS, "full", *package.VARIANTS)
+
+
+def train_by(
+    method: str, model: nn.Module, config: LoraConfig, never: Iterable[str] = ()
+) -> nn.Module:
+    """Let a frozen network train by one method, in place; gives it in training mode.
+
+    Args:
+        method: "floor": nothing trains, but the graph begins at the targets. "lora_core", "PEFT":
+            adapters on the targets. "full": all parameters, which become copies.
+        config: rank, alpha, dropout and targets.
+        never: paths of modules that stay frozen in full fine-tuning too.
+    """
+    if method == "floor":
+        begin_graph_at(model, resolve(model, config))
+    elif method == "lora_core":
+        inject(model, config)
+    elif method == "PEFT":
+        with_peft(model, config)
+    elif method == "full":
+        unfreeze(model, never)
+    else:
+        raise ValueError(f"unknown method {method!r}")
+    return model.train()
+
+
+def with_peft(model: nn.Module, config: LoraConfig) -> None:
+    """PEFT's adapters, in place, on the layers that lora_core would take."""
+    import peft
+
+    settings = peft.LoraConfig(
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=only(resolve(model, config)),
+    )
+    peft.get_peft_model(model, settings)
+
+
+def unfreeze(model: nn.Module, never: Iterable[str]) -> None:
+    """Train copies of the parameters: other networks may share the originals."""
+    frozen = {id(p) for path in never for p in model.get_submodule(path).parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in frozen:
+            parameter.data = parameter.data.clone()
+            parameter.requires_grad_(True)
+
+
+def last_quarter(blocks: int) -> int:
+    """How many of the blocks are adapted where only the last ones are."""
+    return math.ceil(blocks / 4)
+
+
+# -- measuring -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -87,34 +171,84 @@ class Contender:
         self.cost.peak = peak_bytes(self.step, self.device)
 
 
-def measure(contenders: Mapping[str, Contender], rounds: int) -> dict[str, Cost]:
+def contenders(package: Any, case: Any, methods: Sequence[str]) -> dict[str, Contender]:
+    """The network of a case in training by each of the methods.
+
+    Raises:
+        ValueError: two methods that should compute the same loss do not.
+    """
+    weights = package.random_weights(case)
+    batch = package.step_batch(case, weights)
+    found = {}
+    for method in methods:
+        changes = package.VARIANTS.get(method)
+        changed = replace(case, **(changes or {}))
+        model = package.build(method if changes is None else "lora_core", changed, weights)
+        forward = partial(package.loss_of, batch=batch, case=changed)
+        found[method] = Contender(model, forward, case.device, tensors_in(batch))
+    other = getattr(case, "other_loss", ())
+    check_losses({m: one.cost.loss for m, one in found.items() if m not in other}, case.precision)
+    return found
+
+
+def check_losses(losses: Mapping[str, float], precision: str) -> None:
+    """Raise ValueError where losses differ."""
+    if not losses:
+        return
+    first, tolerance = next(iter(losses.values())), TOLERANCE.get(precision, HALF_TOLERANCE)
+    if not all(math.isclose(loss, first, rel_tol=tolerance) for loss in losses.values()):
+        raise ValueError(f"the methods compute different losses: {losses}")
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested containers and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from tensors_in(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from tensors_in(one)
+    elif is_dataclass(value):
+        yield from tensors_in([getattr(value, part.name) for part in fields(value)])
+
+
+def measure(compared: Mapping[str, Contender], rounds: int) -> dict[str, Cost]:
     """What the methods of one case cost; in every round each takes a step, in another order."""
-    for one in contenders.values():
+    for one in compared.values():
         one.measure_memory()
-    order = list(contenders.values())
+    order = list(compared.values())
     for _ in range(rounds):
         for one in order:
             one.cost.rounds.append(one.step())
         order = [*order[1:], order[0]]
-    return {method: one.cost for method, one in contenders.items()}
+    return {method: one.cost for method, one in compared.items()}
 
 
-def ratio(one: Cost, other: Cost) -> float:
-    """Median over the rounds."""
-    return statistics.median(a / b for a, b in zip(one.steps, other.steps, strict=True))
+# -- tables ----------------------------------------------------------------------------------------
 
 
-def tables(results: Mapping[str, Mapping[str, Cost]]) -> str:
-    """Figures of each method, and ours beside PEFT's."""
-    rows, shares = [], []
+def step_table(results: Mapping[str, Mapping[str, Cost]]) -> Table:
+    """Figures of each method by case: medians over the rounds."""
+    rows = []
     for case, costs in results.items():
-        for name, c in costs.items():
-            seconds = (statistics.median(part) for part in zip(*c.rounds, strict=True))
-            rows.append([case, name, f"{c.trained:,}", c.loss, *seconds, c.peak / MB, c.kept / MB])
-        floor, ours, theirs = (costs[name] for name in METHODS)
-        base = statistics.median(floor.steps)
-        above = [statistics.median(c.steps) - base for c in (ours, theirs)]
-        kept = [(c.kept - floor.kept) / MB for c in (ours, theirs)]
-        times = (ratio(ours, theirs), ratio(ours, floor), ratio(theirs, floor))
-        shares.append([case, *times, above[0] / above[1], *kept, kept[0] / kept[1]])
-    return f"{markdown(FIGURES, rows)}\n\n{markdown(SHARES, shares)}"
+        for method, c in costs.items():
+            seconds = [statistics.median(part) for part in zip(*c.rounds, strict=True)]
+            rows.append([case, method, f"{c.trained:,}", *seconds, c.peak / MB, c.kept / MB])
+    return Table(STEPS, rows)
+
+
+def ratio_table(results: Mapping[str, Mapping[str, Cost]]) -> Table:
+    """Each method beside the floor and PEFT; a dash where one of these was not measured."""
+    rows = []
+    for case, costs in results.items():
+        floor, theirs = costs.get("floor"), costs.get("PEFT")
+        for method, one in costs.items():
+            times = [NONE if o is None else ratio(one.steps, o.steps) for o in (floor, theirs)]
+            above = share = NONE
+            if floor is not None:
+                above = (one.kept - floor.kept) / MB
+                if theirs is not None and theirs.kept > floor.kept:
+                    share = (one.kept - floor.kept) / (theirs.kept - floor.kept)
+            rows.append([case, method, *times, above, share])
+    return Table(RATIOS, rows)

@@ -197,7 +197,7 @@ def test_a_file_that_would_run_a_program_is_refused(tmp_path: Path) -> None:
     [
         ({"model_type": "dpt"}, "found 'dpt' with 'dinov2'"),
         ({"backbone_config": {"model_type": "swin"}}, "found 'depth_anything' with 'swin'"),
-        ({"backbone_config": None}, "with None"),
+        ({"backbone_config": None}, "with null"),
         ({"depth_estimation_type": "metric"}, "expected 'relative'"),
         ({"patch_size": 16}, "expected the same whole number"),
         ({"neck_hidden_sizes": "wide"}, "no possible settings"),

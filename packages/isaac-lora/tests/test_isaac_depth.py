@@ -74,7 +74,7 @@ def test_without_pictures_there_is_no_answer_and_text_needs_none(
     for call in (with_depth, with_depth.generate):
         with pytest.raises(DataError, match=r"loaded with depth.*keep_pictures=True"):
             call(**sample("image1"))
-        with pytest.raises(DataError, match="1 `pictures` for the depth of 2 images"):
+        with pytest.raises(DataError, match="has 1 picture for the depth of the 2 images"):
             call(**sample("image2"), pictures=pictures("image1"))
     with torch.no_grad():
         assert torch.equal(with_depth(**sample("text")).logits, CASE.io["text.logits"])

@@ -86,7 +86,7 @@ def test_a_process_whose_batch_has_no_picture_keeps_nobody_waiting(
     assert len(rows(tmp_path / "run")) == 6
 
 
-@pytest.mark.fault("R20")
+@pytest.mark.fault("D48", "R20")
 def test_processes_that_see_other_conversations_end_with_one_message(
     data: Path, tmp_path: Path
 ) -> None:

@@ -32,6 +32,7 @@ def content(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.fault("C43")
 @pytest.mark.parametrize("depth", [False, True])
 def test_a_dry_run_says_what_a_run_would_take_and_writes_nothing(
     root: Path, tmp_path: Path, capsys: Capture, depth: bool
@@ -44,7 +45,7 @@ def test_a_dry_run_says_what_a_run_would_take_and_writes_nothing(
         "train              5",
         "adapted layers: decoder 14, projector 2",
         "largest batch: 2 x ",
-        "memory of a step  fp32",
+        "memory of a step on a CPU  fp32",
         "training checkpoints",
         "dry run: settings and data are fine",
     ):
@@ -59,7 +60,19 @@ def test_the_precision_of_a_gpu_is_estimated_without_one(
     cfg = config(root, tmp_path / "run")
     cfg.use_cpu = False
     assert dry_run.run(cfg) == 0
-    assert "memory of a step  bf16" in capsys.readouterr().out
+    assert "memory of a step on a GPU or CPU  bf16" in capsys.readouterr().out
+
+
+def test_less_is_foreseen_where_activations_are_computed_again(
+    root: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    found = []
+    for again in (None, True):
+        assert dry_run.run(config(root, tmp_path / "run", gradient_checkpointing=again)) == 0
+        lines = capsys.readouterr().out.splitlines()
+        number, unit = next(x.split()[-2:] for x in lines if x.startswith("activations"))
+        found.append(float(number) * {"kB": 1e3, "MB": 1e6}[unit])
+    assert found[1] < 0.7 * found[0]
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -77,6 +90,7 @@ def test_the_estimate_is_what_a_step_takes(root: Path, tmp_path: Path, packing: 
     assert found.adapters == 4 * sum(p.numel() for p in net.parameters() if p.requires_grad)
 
 
+@pytest.mark.fault("C43")
 def test_faults_in_the_data_are_told(root: Path, tmp_path: Path) -> None:
     faulty = tiny_isaac_run.write_conversations(tmp_path / "data")
     (faulty / "images" / "train1_0.png").unlink()

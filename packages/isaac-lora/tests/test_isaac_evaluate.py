@@ -33,6 +33,7 @@ def rows(output: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.fault("R49")
 def test_base_beside_lora_with_the_figures_of_python(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

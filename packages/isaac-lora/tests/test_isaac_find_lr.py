@@ -39,6 +39,18 @@ def test_a_learning_rate_is_found_and_drawn(root: Path, tmp_path: Path, capsys: 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "given", [{}, {"val_data_path": None}, {"val_data_path": None, "val_fraction": 0.2}]
+)
+def test_nothing_is_said_of_a_validation_which_there_is_not(
+    root: Path, tmp_path: Path, capsys: Capture, given: dict[str, object]
+) -> None:
+    assert program(command(root, tmp_path, **given | {"ramp_steps": 10})) == 0
+    said = capsys.readouterr().out
+    assert "train " in said.splitlines()[2]
+    assert "val" not in said.partition("module ")[0]
+
+
 def test_caches_and_workers_change_no_number(root: Path, tmp_path: Path) -> None:
     depth = tiny_isaac_run.depth(root)
     plain, first, again = (tmp_path / name for name in ("plain", "first", "again"))

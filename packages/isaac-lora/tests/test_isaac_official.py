@@ -174,6 +174,7 @@ def test_settings_of_no_isaac_are_refused(
         read_config(folder)
 
 
+@pytest.mark.fault("C26")
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
@@ -315,6 +316,7 @@ def test_an_adapter_of_another_model_is_told_before_weights_are_read(
             check()
 
 
+@pytest.mark.fault("C25")
 def test_all_that_is_wrong_is_told_before_weights_are_read(folder: Path) -> None:
     change(folder, lambda tensors: tensors["model.norm.weight"].fill_(torch.nan))  # not looked at
     for file in (GOLDENS / "tokenizer").iterdir():

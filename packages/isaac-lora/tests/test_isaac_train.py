@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny_isaac_run
 import torch
+import yaml
 from isaac_texts import record, write_picture, write_records
 from recorded_isaac import sample
 from tiny_isaac_run import rows
@@ -90,6 +91,7 @@ def test_a_small_set_is_learned_by_heart(data: Path, tmp_path: Path) -> None:
     assert found[-1] < 0.5
 
 
+@pytest.mark.fault("R49")
 def test_the_output_folder_is_the_adapter(trained: Path) -> None:
     names = {path.name for path in trained.iterdir()}
     assert names >= {
@@ -296,9 +298,30 @@ def test_a_warm_start_says_and_keeps_the_figures_of_its_adapter(
     assert len(rows(output)) == 2
 
 
+@pytest.mark.parametrize("of_adapter", ["q_proj,vision", None])
+def test_the_settings_of_a_warm_start_are_those_of_its_adapter(
+    data: Path, tmp_path: Path, of_adapter: str | None
+) -> None:
+    """Another run with them, without the adapter, has the same layers and trains the same."""
+    short = {"max_steps": 1, "val_data_path": None}
+    bias = "lora_only" if of_adapter else "none"
+    first = run(data, tmp_path / "a", target_modules=of_adapter, lora_bias=bias, **short)
+    other = {"adapter": first, "target_modules": "v_proj", "lora_bias": "all"}
+    warm = run(data, tmp_path / "b", **other, **short)
+    kept = yaml.safe_load((warm / "config.yaml").read_text())
+    assert kept["lora_bias"] == bias
+    assert (kept["target_modules"] is None) == (of_adapter is None)
+    output = tmp_path / "c"
+    words = ["--config", str(warm / "config.yaml"), "--adapter", "null"]
+    assert main([*words, "--output_dir", str(output)]) == 0
+    assert tensors(output).keys() == tensors(warm).keys() == tensors(first).keys()
+    assert any(name.endswith(".bias") for name in tensors(warm)) == (of_adapter is not None)
+
+
 # -- what is refused before the weights are read ---------------------------------------------------
 
 
+@pytest.mark.fault("C23")
 def test_a_run_never_replaces_what_is_there(
     trained: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -366,6 +389,7 @@ def test_a_depth_model_that_is_not_used_is_a_warning(
     ) in capsys.readouterr().out
 
 
+@pytest.mark.fault("C23")
 def test_files_that_no_run_has_written_stay(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

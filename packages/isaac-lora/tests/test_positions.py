@@ -90,9 +90,9 @@ def test_rows_and_columns_of_text_are_not_read() -> None:
 
 def test_places_and_grids_that_do_not_fit_are_refused() -> None:
     mask = torch.tensor([[True, True, False, True, True]])
-    with pytest.raises(DataError, match="4 image places, but the 0 images"):
+    with pytest.raises(DataError, match="4 image places, but `grids` is of 0 images"):
         mrope_position_ids(mask, None, 1)
-    with pytest.raises(DataError, match="4 image places, but the 1 images of `grids` have 6"):
+    with pytest.raises(DataError, match="4 image places, but `grids` is of 1 image with 6"):
         mrope_position_ids(mask, torch.tensor([[2, 3]]), 1)
     with pytest.raises(DataError, match="interrupted by text"):
         mrope_position_ids(mask, torch.tensor([[1, 1], [1, 3]]), 1)

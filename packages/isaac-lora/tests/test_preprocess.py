@@ -88,6 +88,14 @@ def test_levels_are_scaled_to_minus_one_and_one() -> None:
     assert normalise(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1.0, 1.0]
 
 
+def test_levels_are_scaled_in_place_to_the_same_bits_and_stay_as_they_are() -> None:
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(normalise(levels), (levels.to(torch.float32) / 255.0 - 0.5) / 0.5)
+    floats = levels.float()
+    assert torch.equal(normalise(floats), normalise(levels))
+    assert floats[255] == 255
+
+
 def test_a_picture_beyond_the_limit_is_refused_by_its_size_alone() -> None:
     assert target_size(6000, 10_000, ISAAC).cells > 0
     with pytest.raises(DataError, match="10001 x 6000 pixels are more than 60 million"):

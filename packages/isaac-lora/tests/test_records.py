@@ -112,7 +112,7 @@ def test_images_without_marker_are_an_error_or_go_first_if_asked(tmp_path: Path)
         ({"conversations": ["hi"]}, "conversations[0]: expected an object with from and value"),
         ({"conversations": [{}]}, "has no from and no value"),
         ({"conversations": [{"from": "bot", "value": ""}]}, "'bot': expected one of human, user"),
-        ({"conversations": [{"from": "human", "value": None}]}, "value is None: expected text"),
+        ({"conversations": [{"from": "human", "value": None}]}, "value is null: expected text"),
         ({"conversations": [{"from": "human", "value": "a"}]}, "no assistant turn"),
         (record(answer=" "), "an empty answer"),
         (record(answer="see <image>"), "an answer holds <image>"),
@@ -124,7 +124,7 @@ def test_images_without_marker_are_an_error_or_go_first_if_asked(tmp_path: Path)
         (record("<image>", images=["a", 3]), "images[1] is 3"),
         (record("<image>", image="a", images=["a"]), "both image and images"),
         (record(id=[]), "id is []"),
-        (record(id=True), "id is True"),
+        (record(id=True), "id is true"),
         (record(id=""), "id is ''"),
         (record("\ud800"), "half of a character"),
         (record(score=float("nan")), "score is nan"),
@@ -162,7 +162,9 @@ def test_records_with_the_same_id_stop_the_run(tmp_path: Path) -> None:
     [
         (b"[]", "holds no conversations"),
         (b'"text"', "expected a list of records"),
-        (b'{"a": 1,\n "b": 2}', "d.json:1:.*one whole record per line"),
+        (b'{"a": 1,\n "b": }', "d.json:1:.*one whole record per line"),
+        (b"null", "d.json: it holds null: expected a list of records"),
+        (b"true", "it holds true: expected"),
         (b'{"a": 1}\n{"a": 1, "a": 2}', "d.json:2: the key 'a' stands twice"),
         (b"[{]", "d.json:1:3: not JSON"),
         (b"\x1f\x8b", "gzip"),
@@ -178,6 +180,72 @@ def test_a_file_that_is_no_list_of_records_is_said_to_be_what_it_is(
     (tmp_path / "d.json").write_bytes(content)
     with pytest.raises(DataError, match=said):
         read_conversations(tmp_path / "d.json").stop_if_wrong()
+
+
+@pytest.mark.fault("D11", "D12")
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"data": [record()], "version": 1}, "'data', 'version': .*if 'data' holds the records"),
+        ({"a": 1, "b": 2}, "'a', 'b': expected a list of records"),
+        ({"images": [], "annotations": []}, "prepare coco"),
+        ({str(n): n for n in range(9)}, "'5', ...: expected"),
+    ],
+)
+def test_one_object_in_place_of_a_list_is_called_so(
+    tmp_path: Path, content: dict[str, Any], said: str, indent: int | None
+) -> None:
+    (tmp_path / "d.json").write_text(json.dumps(content, indent=indent))
+    with pytest.raises(DataError, match=rf"^\S*d\.json: it holds one object, of .*{said}") as told:
+        read_conversations(tmp_path / "d.json")
+    assert "record 0" not in str(told.value)
+
+
+def test_one_record_is_a_list_on_a_line_of_its_own_and_nearly_one_on_many(tmp_path: Path) -> None:
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps(record(id="a")))
+    assert [one.key for one in read_conversations(path).records] == ["a"]
+    path.write_text(json.dumps(record(id="a"), indent=1))
+    with pytest.raises(DataError, match=r"or one record per line; put \[ and \] around it"):
+        read_conversations(path)
+    path.write_text("{}")
+    with pytest.raises(DataError, match="holds an empty object: expected a list"):
+        read_conversations(path)
+
+
+@pytest.mark.fault("C03", "D11")
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        ('{"id": "b", "id": "c"}', ":3: record 1: the key 'id' stands twice"),
+        ('{"conversations": [{"from": "human", "from": "gpt"}]}', ":3: record 1: the key 'from'"),
+    ],
+)
+def test_a_key_that_stands_twice_is_named_with_its_record(
+    tmp_path: Path, second: str, said: str
+) -> None:
+    first = json.dumps(record('[1, 2], "}', id="a"))
+    path = tmp_path / "d.json"
+    path.write_bytes(f"\ufeff[{first},\r\n\r\n {second}, {first}]".encode())
+    with pytest.raises(DataError) as told:
+        read_conversations(path)
+    assert f"{path}{said}" in str(told.value)
+    path.write_text(f"{first}\n{second}\n")
+    with pytest.raises(DataError, match=r"d\.json:2: the key"):
+        read_conversations(path)
+    path.write_text(f"[{first}, {second}, {{]")
+    with pytest.raises(DataError, match=r"stands twice|not JSON"):
+        read_conversations(path)
+
+
+def test_values_are_called_as_json_has_them(tmp_path: Path) -> None:
+    turn = {"from": None, "value": None}
+    value = {"conversations": [turn, {"from": "human", "value": None}, None], "images": [None, 1]}
+    said = problem_of(tmp_path, value)
+    for part in ("from is null", "value is null", "not null", "images[0] is null", "[1] is 1"):
+        assert part in said
+    assert "None" not in said
 
 
 def test_files_that_attack_the_reader_are_refused(tmp_path: Path) -> None:

@@ -102,6 +102,7 @@ def test_both_missing_files_are_told_at_once(folder: Path) -> None:
         data.load(settings(folder, val_data_path=str(folder / "val.json")), small())
 
 
+@pytest.mark.fault("D48")
 def test_bad_conversations_are_left_out_if_asked_and_said_to_be(folder: Path) -> None:
     records = [record("<image>", image="none.png"), {"id": "x"}, chat(1, id="good")]
     splits = load(folder, records, on_bad_sample="skip", max_bad_fraction=0.9)

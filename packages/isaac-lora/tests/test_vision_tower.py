@@ -78,7 +78,7 @@ def test_half_precision_resizes_positions_as_float32_does(tower: Any) -> None:
 
 
 def test_grids_that_do_not_cover_the_patches_are_refused(tower: Any) -> None:
-    with pytest.raises(DataError, match="has 23 rows, but the 1 images of `grids` have 24"):
+    with pytest.raises(DataError, match="has 23 rows, but `grids` is of 1 image with 24"):
         tower(random_patches([(4, 6)])[:-1], torch.tensor([[4, 6]]))
     with pytest.raises(DataError, match="an image of 3 x 8 patches cannot be shuffled by 2"):
         tower(random_patches([(3, 8)]), torch.tensor([[3, 8]]))

@@ -260,6 +260,21 @@ def test_the_folder_stays_below_its_bound_and_keeps_what_was_used_last(tmp_path)
     assert not cache.path({"k": "0"}).exists()
 
 
+def test_a_bound_below_what_one_run_uses_is_said_once(tmp_path, capsys):
+    value = {"x": torch.zeros(1000)}
+    earlier = FeatureCache(tmp_path, 50_000)
+    for number in range(10):
+        earlier.get({"earlier": str(number)}, lambda: value)
+    time.sleep(0.05)  # the clock of the file system is coarse
+    cache = FeatureCache(tmp_path, 50_000)
+    for number in range(6):  # those of the earlier run go
+        cache.get({"number": str(number)}, lambda: value)
+    assert "note" not in capsys.readouterr().out
+    for number in range(40):
+        cache.get({"number": str(number)}, lambda: value)
+    assert capsys.readouterr().out.count("some are computed again and again; allow more") == 1
+
+
 def test_a_value_larger_than_the_bound_is_not_stored(tmp_path):
     cache = FeatureCache(tmp_path, 1000)
     for _ in range(2):

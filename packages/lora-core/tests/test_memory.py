@@ -70,6 +70,27 @@ def test_what_is_kept_for_the_backward_pass_is_counted_without_any_values(kind, 
     assert step.peak > step.saved + adapter_bytes(real)
 
 
+@pytest.mark.fault("C43")
+def test_a_second_estimate_of_the_same_network_is_as_the_first():
+    model = adapted("meta")
+    found = [estimate(model, loss, BATCH, precision) for precision in ("bf16", "fp32", "bf16")]
+    assert found[0] == found[2]
+    assert found[1] == estimate(adapted("meta"), loss, BATCH)
+
+
+def test_what_ends_with_the_forward_pass_is_not_kept():
+    """torch's checkpointing saves its input, also where nothing behind it needs a gradient."""
+    frozen, trained = nn.Linear(8, 8).requires_grad_(False), nn.Linear(8, 8)
+    x = torch.ones(3, 8)
+
+    def run():
+        hidden = checkpoint(frozen, x * 2, use_reentrant=False)
+        return trained(hidden), hidden.shape
+
+    kept, _ = saved_bytes(run, trained.parameters())
+    assert kept == x.numel() * x.element_size(), "the input of the trained layer alone"
+
+
 def test_checkpointing_keeps_less_but_computes_again_at_the_peak():
     whole, again = (simulate(adapted("meta", a), loss, BATCH) for a in (False, True))
     assert again.saved < 0.5 * whole.saved

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngImageFile
 
 from lora_core.errors import DataError
@@ -107,6 +107,22 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 
 
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><r tiff:Orientation="6"/></x:xmpmeta>'
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif", "a.bmp", "a.gif"])
+def test_pictures_are_read_as_by_pil_with_all_its_copies(
+    tmp_path: Path, name: str, orientation: int
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.fromarray(noise).save(tmp_path / name, exif=exif)
+    with Image.open(tmp_path / name) as picture:
+        slow = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+    quick = read_image(tmp_path / name)
+    np.testing.assert_array_equal(quick, slow)
+    assert quick.flags.writeable
 
 
 @pytest.mark.fault("D03")

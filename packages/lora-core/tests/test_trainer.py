@@ -105,7 +105,7 @@ def test_a_missing_device_is_refused_before_anything_else():
         ("learning_rate", 1, "the command has its own setting"),
         ("fsdp", "full_shard", "start with torchrun"),
         ("push_to_hub", True, "nothing is uploaded"),
-        ("dataloader_persistent_workers", True, "the first epoch's augmentation"),
+        ("dataloader_persistent_workers", True, "workers always live through all epochs"),
         ("lr_scheduler_type", "reduce_lr_on_plateau", "could not continue it exactly"),
         ("lr_scheduler_type", "cosin", "cosin"),
         ("adam_beta1", "x", "--trainer.adam_beta1: expected a number, not 'x'"),

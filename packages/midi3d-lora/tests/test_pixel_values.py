@@ -126,3 +126,28 @@ def test_all_that_is_wrong_in_the_file_is_told_at_once(tmp_path: Path) -> None:
 def test_a_folder_without_the_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"preprocessor_config\.json: no such file"):
         read_picture_settings(tmp_path)
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_levels_by_table_are_those_by_arithmetic(rescale: bool, normalize: bool) -> None:
+    settings = PictureSettings(
+        do_resize=False,
+        do_rescale=rescale,
+        do_normalize=normalize,
+        crop_size=(("height", 9), ("width", 20)),
+    )
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    wide = np.pad(picture, ((0, 0), (2, 2), (0, 0)))[3:12]
+    slow = np.moveaxis(wide, -1, 0).astype(np.float32)
+    if rescale:
+        slow = (np.moveaxis(wide, -1, 0) * np.float64(1 / 255)).astype(np.float32)
+    if normalize:
+        mean, std = (
+            np.array(n, np.float32)[:, None, None]
+            for n in (settings.image_mean, settings.image_std)
+        )
+        slow = (slow - mean) / std
+    quick = pixel_values(picture, settings)
+    np.testing.assert_array_equal(quick, slow)
+    assert quick.flags.c_contiguous

@@ -74,7 +74,7 @@ def test_the_guides_ablations_parse(rank: int) -> None:
         ("--steps 0", "at least 1"),
         ("--learning_rate 0", "above 0"),
         ("--cache_dir c", "--targets decoder"),
-        ("--cache_dir c --targets decoder", "--hflip false"),
+        ("--cache_dir c --targets decoder --shard_base", "leave one of them out"),
         ("--batch_size four", "batch_size"),
     ],
 )

@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from lora_core.cache import FeatureCache
 from lora_core.errors import ConfigError, DataError
+from lora_core.frozen import FrozenImages
 from lora_core.pictures.encodings import Shape, encode_bitmap
 from lora_core.pictures.masks import trim
 from lora_core.pictures.survey import doubles
@@ -92,7 +94,7 @@ def test_a_sample_has_the_picture_and_a_target_for_each_object(tmp_path: Path) -
     (record,) = records(tmp_path, (shape(BOXES[0]), shape(BOXES[1])))
     sample = TrainSet([record], config(prompts="point"))[0]
     pixels = preprocess(np.asarray(Image.open(record.image)), (64, 96))
-    assert torch.equal(sample.inputs["pixel_values"], pixels)
+    assert torch.equal(sample.pixels, pixels)
     assert sample.targets.shape == (2, 64, 96)
     assert sample.targets.dtype == torch.uint8
     share = sample.targets.float().mean((1, 2))
@@ -132,16 +134,15 @@ def test_flipping_mirrors_picture_and_targets_together(tmp_path: Path) -> None:
         flipping.set_epoch(epoch)
         sample = flipping[0]
         mirrored = torch.equal(sample.targets, plain.targets.flip(-1))
-        pixels = plain.inputs["pixel_values"]
+        pixels = plain.pixels
         pixels = pixels.flip(-1) if mirrored else pixels
-        torch.testing.assert_close(sample.inputs["pixel_values"], pixels)
+        torch.testing.assert_close(sample.pixels, pixels)
         seen.add(mirrored)
     assert seen == {True, False}
 
 
 def test_mixed_prompts_are_half_points_and_half_boxes(tmp_path: Path) -> None:
     train = TrainSet(records(tmp_path, (shape(BOXES[0]), shape(BOXES[1]))), config())
-    train.features = lambda record: {}
     kinds = []
     for epoch in range(200):
         train.set_epoch(epoch)
@@ -233,13 +234,26 @@ def test_a_data_set_that_was_used_already_can_be_sent_to_spawned_workers(tmp_pat
     assert same(list(loader), expected)
 
 
-def test_cached_features_replace_the_picture(tmp_path: Path) -> None:
+def test_cached_features_replace_the_picture_and_its_mirror_image(tmp_path: Path) -> None:
     found = records(tmp_path, (shape(BOXES[0]),), ())
-    train = TrainSet(found, config())
-    train.features = lambda record: {"image_embed": torch.full((2, 3), float(record.key[0]))}
-    batch = collate([train[0], train[1]])
-    assert "pixel_values" not in batch
-    assert batch["features"]["image_embed"][:, 0, 0].tolist() == [0, 1]
+    train, plain = (TrainSet(found, config(hflip=True)) for _ in range(2))
+    seen = []
+
+    def encode(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        seen.append(pixels)
+        return {"image_embed": pixels.mean(1)}
+
+    train.frozen = FrozenImages(
+        encode, {}, torch.device("cpu"), FeatureCache(tmp_path / "cache", 10**9)
+    )
+    for epoch in range(8):
+        train.set_epoch(epoch)
+        plain.set_epoch(epoch)
+        batch = collate([train[0], train[1]])
+        assert "pixel_values" not in batch
+        expected = collate([plain[0], plain[1]])["pixel_values"].mean(1)
+        assert torch.equal(train.frozen.features(batch)["image_embed"], expected)
+    assert len(seen) == 4  # two pictures, and each mirrored
 
 
 @pytest.mark.fault("D05")
@@ -251,7 +265,7 @@ def test_extreme_pictures_are_samples_too(tmp_path: Path, size: tuple, prompts: 
     item = Shape("rectangle", (0, 0, size[1] - 1, size[0] - 1), "all", "here")
     record = Record("x", path, size, (item,))
     sample = TrainSet([record], config(prompts=prompts, min_object_area=1))[0]
-    assert sample.inputs["pixel_values"].shape == (3, 64, 96)
+    assert sample.pixels.shape == (3, 64, 96)
     assert sample.targets.all()
     (picture,) = EvalSet([record], config(min_object_area=1))
     assert picture.objects[0].mask.shape == size
@@ -264,7 +278,7 @@ def sample(key: str, count: int, kind: str) -> Sample:
     value = torch.arange(count, dtype=torch.float32)[:, None]
     return Sample(
         key=key,
-        inputs={"pixel_values": torch.zeros(3, 4, 6)},
+        pixels=torch.zeros(3, 4, 6),
         points=value[:, None].expand(count, 1, 2) if kind == "point" else None,
         boxes=value.expand(count, 4) if kind == "box" else None,
         targets=torch.zeros(count, 4, 6, dtype=torch.uint8),

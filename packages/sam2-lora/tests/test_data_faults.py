@@ -361,7 +361,7 @@ def test_links_are_followed_within_the_data_only_unless_allowed(
 def test_a_picture_that_comes_back_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = folders(tmp_path)
     train = load(config(root)).train
-    before = train[1].inputs["pixel_values"]
+    before = train[1].pixels
     path = train.records[1].image
     away = path.with_name("away")
     path.rename(away)
@@ -370,7 +370,7 @@ def test_a_picture_that_comes_back_is_used(tmp_path: Path, monkeypatch: pytest.M
         away.rename(path)
 
     monkeypatch.setattr(loading.time, "sleep", sleep)
-    assert (train[1].inputs["pixel_values"] == before).all()
+    assert (train[1].pixels == before).all()
 
 
 @pytest.mark.fault("D08", "D46", "R34")

@@ -6,7 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sam2_lora.image import preprocess, to_model_boxes, to_model_points, upscale_logits
+from sam2_lora.image import (
+    MEAN,
+    STD,
+    preprocess,
+    to_model_boxes,
+    to_model_points,
+    upscale_logits,
+)
 
 CASE = Path(__file__).parent / "goldens" / "preprocess"
 
@@ -56,3 +63,22 @@ def test_extreme_shapes_are_resized(size: tuple[int, int]) -> None:
 
 def test_half_precision_logits_are_upscaled_in_float32() -> None:
     assert upscale_logits(torch.ones(1, 3, 4, 4).bfloat16(), (9, 7)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("size", [(64, 96), (40, 90), (17, 31)])
+def test_preprocessing_in_place_gives_the_same_bits_and_leaves_the_picture(
+    size: tuple[int, int],
+) -> None:
+    rgb = np.random.default_rng(0).integers(0, 256, (40, 90, 3), dtype=np.uint8)
+    before = rgb.copy()
+    pixels = torch.tensor(rgb).permute(2, 0, 1)[None].float() / 255
+    pixels = torch.nn.functional.interpolate(
+        pixels, size=size, mode="bilinear", antialias=True, align_corners=False
+    )
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    slow = (pixels[0] - mean) / std
+    read_only = rgb.copy()
+    read_only.flags.writeable = False
+    for given in (rgb, torch.tensor(rgb), read_only):
+        assert torch.equal(preprocess(given, size), slow)
+    np.testing.assert_array_equal(rgb, before)

@@ -1,5 +1,6 @@
 """Cached features and models of the hub: never stale, never another than the one meant."""
 
+import dataclasses
 import os
 import pickle
 import re
@@ -13,6 +14,9 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from lora_core.config import LoraConfig
+from lora_core.errors import ConfigError
+from lora_core.injection import inject
 from lora_core.testing import corrupt
 from lora_core.testing.hub import write_model
 from sam2_lora import __main__ as program
@@ -34,15 +38,17 @@ class Hostile:
 
 
 def cached(work: Path, checkpoint: str = "base.safetensors", **settings: Any) -> Any:
-    """The function that gives the features of a record, and how often it computed some."""
+    """The features of the only training picture, as a run gets them."""
     from sam2_lora.data import load
-    from sam2_lora.train import cached_features
+    from sam2_lora.frozen import frozen_images
 
     settings = {"image_size": "64", "targets": "decoder", "hflip": False, **settings}
     cfg = Config(data_root="data", mask_kind="binary", cache_dir="cache", **settings)
-    (record,) = load(cfg).train.records
-    features = cached_features(m.load(checkpoint, cfg.size), cfg)
-    return {name: tensor.clone() for name, tensor in features(record).items()}
+    splits = load(cfg)
+    images = frozen_images(m.load(checkpoint, cfg.size), cfg, "fp32")
+    assert images is not None
+    splits.use(images)
+    return images.features({"items": [splits.train[0].pixels]})
 
 
 def entries() -> list[Path]:
@@ -90,6 +96,21 @@ def test_a_damaged_cache_entry_is_computed_again_and_said_once(
     assert entry.is_file()
     cached(work)
     assert "damaged" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layer", ["vision_encoder.neck.convs.0", "mask_decoder.conv_s0"])
+def test_what_changes_in_training_is_not_kept(work: Path, layer: str) -> None:
+    """The finer maps go through two convolutions that are named as the decoder's."""
+    from sam2_lora.frozen import frozen_images
+
+    cfg = Config(image_size="64", targets="decoder")
+    network = m.load("base.safetensors", cfg.size)
+    assert frozen_images(network, cfg, "fp32") is not None
+    inject(network, LoraConfig([layer], r=2))
+    assert frozen_images(network, cfg, "fp32") is None
+    kept = dataclasses.replace(cfg, cache_dir="cache", adapter="a/b")
+    with pytest.raises(ConfigError, match=r"--cache_dir needs an unchanged encoder.* by a/b"):
+        frozen_images(network, kept, "fp32")
 
 
 # -- the hub ---------------------------------------------------------------------------------------

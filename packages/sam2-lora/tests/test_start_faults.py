@@ -236,7 +236,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_data_and_weights(
 ) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    more = ["--targets", "decoder", "--hflip", "false"] if setting == "cache_dir" else []
+    more = ["--targets", "decoder"] if setting == "cache_dir" else []
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         message = refuse(*more, **{setting: path})
         assert f"--{setting} {path}: {tmp_path / 'file'} is not a folder" in message

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -461,17 +462,45 @@ def test_training_stops_when_the_metric_stays(pictures: Path, tmp_path: Path) ->
     assert (run_folder(tmp_path) / "final_lora_step3.torch").exists()
 
 
-def test_cached_embeddings_train_the_same_bits(pictures: Path, tmp_path: Path) -> None:
-    settings = {"targets": "decoder", "hflip": False, "steps": 5, "eval_steps": 5}
+@pytest.mark.parametrize(
+    "more", [{"hflip": False}, {"hflip": True, "num_workers": 1, "correction_clicks": 1}]
+)
+def test_cached_embeddings_train_the_same_bits(
+    pictures: Path, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    settings = {"targets": "decoder", "steps": 6, "eval_steps": 3, "batch_size": 2, **more}
     assert main(command(pictures, tmp_path / "plain", **settings)) == 0
-    cache = tmp_path / "cache"
+    cache, counts = tmp_path / "cache", []
     for name in ("filling", "filled"):
         assert main(command(pictures, tmp_path / name, cache_dir=cache, **settings)) == 0
-    assert len(list(cache.rglob("*.features"))) == 5  # one per training picture
-    plain_run = tensors(run_folder(tmp_path / "plain") / "final_lora_step5.torch")
+        counts.append(len(list(cache.rglob("*.features"))))
+    files = len(list(pictures.glob("*/images/*.png")))  # those of validation and test, too
+    assert counts[0] == counts[1]
+    assert counts[0] > files if more["hflip"] else counts[0] == files
+    plain_run = tensors(run_folder(tmp_path / "plain") / "final_lora_step6.torch")
     for name in ("filling", "filled"):
-        cached = tensors(run_folder(tmp_path / name) / "final_lora_step5.torch")
+        cached = tensors(run_folder(tmp_path / name) / "final_lora_step6.torch")
         assert all(torch.equal(plain_run[key], cached[key]) for key in plain_run)
+        same = [[{**row, "seconds": ""} for row in rows(tmp_path / run)] for run in ("plain", name)]
+        assert same[0] == same[1]
+
+
+def test_a_filled_cache_runs_no_encoder(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in training nor in validation nor in the test at the end."""
+    from sam2_lora import frozen, metrics
+
+    settings = {"targets": "decoder", "hflip": False, "steps": 3, "eval_steps": 1}
+    settings |= {"cache_dir": tmp_path / "cache", "tensorboard": False}
+    assert main(command(pictures, tmp_path / "first", **settings)) == 0
+
+    def refuse(*args: Any) -> None:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(frozen, "encode", refuse)
+    monkeypatch.setattr(metrics, "encode", refuse)
+    assert main(command(pictures, tmp_path / "second", **settings)) == 0
 
 
 def test_an_adapter_of_the_encoder_refuses_cached_embeddings(

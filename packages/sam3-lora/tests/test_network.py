@@ -169,7 +169,7 @@ def test_any_size_of_whole_patches_follows_the_formulas(
     generator = torch.Generator().manual_seed(height + width)
     images = torch.randn(2, 3, height, width, generator=generator, dtype=torch.float64)
     model = narrow.double()
-    found = vision._trunk(model, images)
+    found = vision.encode_trunk(model, images)
     expected = trunk_by_the_formulas(model.vision_encoder.backbone, images[1])
     assert found.shape == (2, height // PATCH, width // PATCH, WIDTH)
     # The rotary tables are float32, whatever the rest.

@@ -22,6 +22,7 @@ from torch import distributed, nn
 
 from isaac_lora.depth import settings as depth_settings
 from isaac_lora.depth.settings import DepthSettings
+from isaac_lora.json_words import in_json
 from isaac_lora.lora import ADAPTER
 from lora_core.adapters import file as core_file
 from lora_core.adapters.file import AdapterFile
@@ -105,8 +106,9 @@ def read_adapter(path: str | Path, max_bytes: int = LARGEST_ADAPTER) -> Adapter:
     ranks = Counter(ranks_of(file))
     alpha = file.config.get("lora_alpha")
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+        found = f" (it is {in_json(alpha)})" if "lora_alpha" in file.config else ""
         raise CheckpointError(
-            f"{place.absolute()} does not say its lora_alpha (it is {alpha!r:.80}): a folder as "
+            f"{place.absolute()} does not say its lora_alpha{found}: a folder as "
             "PEFT writes it has it in adapter_config.json"
         )
     folder = place if place.is_dir() else place.parent

@@ -15,14 +15,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isaac_lora.config import PATHS, Config
-from lora_core import epoch_run, preflight
+from lora_core import epoch_run
 from lora_core.epoch_run import Artifacts, EpochRun
 from lora_core.errors import CheckpointError, ConfigError, UserError, one_line
 from lora_core.run_folder import RunFolder, named, travelling
@@ -62,11 +62,6 @@ def run_in(folder: Path) -> IsaacRun:
         text=folder / "train.log",
         csv=folder / "metrics.csv",
     )
-
-
-def writable(run: EpochRun) -> Callable[[], object]:
-    """A check that the folder of a run can be written."""
-    return partial(preflight.writable, run.folder, FOLDER)
 
 
 def refuse_existing(cfg: Config) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
@@ -22,6 +21,7 @@ from isaac_lora.conversations.template import END
 from isaac_lora.frozen_features import FrozenFeatures
 from isaac_lora.prompts import Question, prompts
 from lora_core.errors import NumericError
+from lora_core.training.inference import evaluating
 
 if TYPE_CHECKING:
     from isaac_lora.network.isaac import IsaacForConditionalGeneration
@@ -74,7 +74,7 @@ def asked(
     features: FrozenFeatures | None = None,
     done: Callable[[int], object] = lambda count: None,
 ) -> list[Said]:
-    """Ask a model, which should be in evaluation mode.
+    """Ask a model, without dropout; afterwards it is in the mode that it was in.
 
     Args:
         max_new_tokens: of an answer, at most.
@@ -92,7 +92,7 @@ def asked(
     lengths = [len(question.outline(processor)) for question in questions]
     order = sorted(range(len(questions)), key=lambda index: -lengths[index])
     found = dict[int, Said]()
-    with _greedy(model):
+    with evaluating(model), _greedy(model):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             chosen = [questions[index] for index in batch]
@@ -124,15 +124,14 @@ def _answered(
     inputs = {name: value.to(model.device) for name, value in batch.items()}
     ends = end_tokens(model, processor)
     names = [question.key for question in questions]
-    with torch.no_grad():
-        out = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=ends,
-            pad_token_id=tokenizer.pad_token_id,
-            logits_processor=LogitsProcessorList([RefuseNaN(names)]),
-        )
+    out = model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=ends,
+        pad_token_id=tokenizer.pad_token_id,
+        logits_processor=LogitsProcessorList([RefuseNaN(names)]),
+    )
     for row in out[:, inputs["input_ids"].shape[1] :].tolist():
         text = tokenizer.decode(row, skip_special_tokens=True)
         yield Said(without_thought(text).strip(), any(token in ends for token in row))

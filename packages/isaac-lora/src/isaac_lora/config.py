@@ -97,6 +97,14 @@ class Config(TrainingFlags, Guards):
         "LoRA",
     )
 
+    last_blocks: int | None = option(
+        None,
+        "Adapt only the last so many layers of the decoder: of what runs before nothing is kept "
+        "for the backward pass, which ends there. The projector is adapted too only if "
+        "target_modules names it. null: all layers.",
+        "LoRA",
+    )
+
     output_dir: str = option("", "Folder of the run and its adapter. (required)", "training")
     num_train_epochs: float = option(3.0, "Passes over the conversations.", "training")
     max_steps: int = option(-1, "Updates, in place of num_train_epochs; -1: not.", "training")
@@ -224,7 +232,7 @@ class Config(TrainingFlags, Guards):
             yield from count_problem(self, name, 1)
         for name in ("seed", "dataloader_num_workers", "eval_generate_samples"):
             yield from count_problem(self, name, 0)
-        for name in ("eval_steps", "save_total_limit"):
+        for name in ("eval_steps", "save_total_limit", "last_blocks"):
             if getattr(self, name) is not None:
                 yield from count_problem(self, name, 1)
         yield from self._number_problems()
@@ -270,6 +278,11 @@ class Config(TrainingFlags, Guards):
             yield f"--{line}"
         for line in target_problems(names_of(self.target_modules)):
             yield f"--{line}"
+        if self.last_blocks is not None and self.lora_bias == "all":
+            yield (
+                "--last_blocks leaves what runs before these layers as it is, and --lora_bias all "
+                "trains the biases there: lora_only trains those of adapted layers"
+            )
 
     def _conflicts(self) -> Iterator[str]:
         """About settings that exclude each other."""

@@ -57,6 +57,9 @@ __all__ = [
     "updates_per_epoch",
 ]
 
+NO_VALIDATION = "no conversations for validation: the last step is taken for the best"
+
+
 # -- the conversations -----------------------------------------------------------------------------
 
 
@@ -122,7 +125,7 @@ def load(cfg: Config, processor: IsaacProcessor, share: Share = lambda make: mak
         raise DataError(f"{cfg.data_path}: no conversation is left to train on")
     notes = [*left_out(bad), *_cut(records, found), *_shared(splits)]
     if not splits["val"]:
-        notes.append("no conversations for validation: the last step is taken for the best")
+        notes.append(NO_VALIDATION)
     return Splits(splits["train"], splits["val"], tuple(notes), tuple(bad))
 
 

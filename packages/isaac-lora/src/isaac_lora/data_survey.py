@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,9 +76,18 @@ def folder_of(cfg: Config) -> Path | None:
 def folder_problems(cfg: Config) -> Iterator[str]:
     """Yield what is wrong with the folder of pictures: one line, and not one per conversation."""
     folder = folder_of(cfg)
-    if folder is not None and not folder.is_dir():
-        found = "is no folder" if folder.exists() else "is not there"
-        yield f"--image_folder: {one_line(folder.absolute())} {found}"
+    if folder is None:
+        return
+    try:
+        os.stat(os.path.join(folder, "."))  # what lies in it can be found
+        return
+    except FileNotFoundError:
+        found = "is not there"
+    except NotADirectoryError:
+        found = "is no folder"
+    except OSError as error:
+        found = f"cannot be entered: {error.strerror}"
+    yield f"--image_folder: {one_line(folder.absolute())} {found}"
 
 
 def settled(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from isaac_lora import data, memory, model, objective
+from isaac_lora import data, lora, memory, model, objective
 from isaac_lora.config import Config
 from isaac_lora.frozen_features import FrozenFeatures
 from isaac_lora.processing import IsaacProcessor
@@ -24,7 +24,10 @@ def run(cfg: Config) -> int:
     splits = data.load(cfg, processor)
     say(f"{splits}\n")
     columns = dry_run.precisions(objective.precision(cfg), cfg.device)
-    net = model.adapted(model.skeleton(cfg).to(objective.DTYPES[columns[0]]), cfg)
+    net = model.skeleton(cfg).to(objective.DTYPES[columns[0]])
+    if cfg.gradient_checkpointing:
+        model.checkpoint_activations(net)
+    model.adapted(net, cfg)
     rows = data.training_rows(cfg, splits)
     batch = memory.largest_batch(cfg, rows, processor)(cfg.per_device_train_batch_size)
     say(f"\nlargest batch: {memory.describe(batch)}")
@@ -39,5 +42,7 @@ def run(cfg: Config) -> int:
         columns[:1],
         memory.disk_use(net, cfg, steps, bool(splits.val)),
         cfg.output_dir,
+        cfg.device,
+        lora.stack(net),
     )
     return 0

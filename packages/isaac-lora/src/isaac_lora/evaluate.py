@@ -148,10 +148,9 @@ def ready(options: Options) -> tuple[IsaacProcessor, list[Example]]:
         DataError: faults in the conversations.
         CheckpointError: no such model or adapter, as far as headers tell.
     """
-    from lora_core.preflight import check_all, writable
+    from lora_core.preflight import check_all
 
     check_all(
-        lambda: writable(options.output, "--output"),
         lambda: refuse_results(options, RESULTS),
         options.check_device,
         options.glance,

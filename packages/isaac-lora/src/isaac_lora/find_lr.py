@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -47,8 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     train.ready(cfg, partial(preflight.writable, cfg.ramp_dir, "--ramp_dir"))
     device = choose_device(cfg.device)
     processor = IsaacProcessor.from_pretrained(model.folder_of(cfg))
-    splits = data.load(cfg, processor)
-    say(f"{splits}\n")
+    # Nothing is validated here; what --val_fraction keeps for it is not trained on either.
+    splits = data.load(replace(cfg, val_data_path=None), processor)
+    notes = tuple(note for note in splits.notes if note != data.NO_VALIDATION)
+    say(f"{replace(splits, val=[], notes=notes)}\n")
     precision = choose_precision(objective.precision(cfg), device)  # wakes a GPU: after the data
     rows, cache = data.training_rows(cfg, splits), frozen_features.cache_of(cfg)
     pictures = frozen_features.pictures_of(_seen(cfg, rows), processor.rules)
@@ -74,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
         cfg,
         flag="--learning_rate",
-        advice=memory.advice(cfg),
+        advice=memory.advice(cfg, net),
     )
     return 0
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from isaac_lora.lora_choice import (
     AUTO,
-    CLOSED,
+    BLOCKS,
     POSITIONS,
     ROLES,
     LoraChoice,
@@ -29,6 +29,7 @@ from lora_core import injection
 from lora_core.config import LoraConfig
 from lora_core.errors import ConfigError, listing
 from lora_core.injection import Summary
+from lora_core.last_blocks import Stack
 from lora_core.module_names import in_time, unwrapped
 from lora_core.overview import require_linears
 from lora_core.report import plural, say
@@ -67,7 +68,8 @@ def inject(model: IsaacForConditionalGeneration, choice: LoraChoice | None = Non
     paths = adapted_layers(model, choice)
     summary = injection.inject(model, choice.config(paths), ADAPTER)
     if choice.target_modules == (AUTO,) and choice.bias == "none":
-        require_linears(summary, default_linears(model.config), choice.r, "target_modules auto")
+        wanted = default_linears(model.config, choice.last_blocks)
+        require_linears(summary, wanted, choice.r, "target_modules auto")
     return summary
 
 
@@ -79,54 +81,66 @@ def adapted_layers(model: IsaacForConditionalGeneration, choice: LoraChoice) -> 
     Raises:
         ConfigError: names that mean no layer, all of them.
     """
+    last = {} if choice.last_blocks is None else {BLOCKS: choice.last_blocks}
     wanted: set[str] = set()
     passed: dict[str, set[str]] = {}  # closed part -> layers in it that were not asked for
     problems = []
     for name in choice.target_modules:
         try:
             with in_time(f"the name {name!r} in target_modules"):
-                asked = LoraConfig(target_modules=[name], exclude_modules=[POSITIONS])
+                asked = LoraConfig([name], exclude_modules=[POSITIONS], last_blocks=last)
                 found = resolve(model, asked, ROLES)
         except ConfigError as error:
             problems.append(str(error))
             continue
-        reached = {path for path in found if asks_for(name, part_of(path))}
+        reached = {path for path in found if asks_for(name, part_of(path), choice.closed)}
         for path in set(found) - reached:
             passed.setdefault(part_of(path), set()).add(path)
         if not reached:
             parts = sorted({part_of(path) for path in found})
-            problems += [_closed(name, part) for part in parts]
+            problems += [_closed(name, part, choice.closed[part]) for part in parts]
         wanted |= reached
     if problems:
-        raise ConfigError(listing(problems))
+        raise ConfigError(listing(list(dict.fromkeys(problems))))
     for part, found_there in passed.items():
         if left := found_there - wanted:
-            say(
-                f"{part}: {plural(len(left), 'layer')} with these names stay frozen; {CLOSED[part]}"
-            )
+            count = plural(len(left), "layer")
+            say(f"{part}: {count} with these names stay frozen; {choice.closed[part]}")
     return [path for path, _ in model.named_modules() if path in wanted]
 
 
-def _closed(name: str, part: str) -> str:
+def _closed(name: str, part: str, how: str) -> str:
     return (
         f"target_modules: {name!r} means layers of the {part} alone, which stays frozen unless it "
-        f"is named: {CLOSED[part]}"
+        f"is named: {how}"
     )
 
 
-def default_linears(config: IsaacConfig) -> list[tuple[int, int]]:
+def default_linears(config: IsaacConfig, last_blocks: int | None = None) -> list[tuple[int, int]]:
     """(in, out) of each Linear that the default adapts, from the model's sizes and not its names.
 
     An adapter of rank r has r * sum(in + out) parameters.
+
+    Args:
+        last_blocks: only in the last so many layers of the decoder; None: in all, and in the
+            projector.
     """
     width, inner = config.hidden_size, config.intermediate_size
     heads = config.num_attention_heads * config.head_dim
     shared = config.num_key_value_heads * config.head_dim
     attention = [(width, heads), (width, shared), (width, shared), (heads, width)]
     mlp = [(width, inner), (width, inner), (inner, width)]
+    if last_blocks is not None:
+        return (attention + mlp) * last_blocks
     tower = config.vision_config.hidden_size * config.pixel_shuffle_scale**2  # type: ignore[union-attr]
     projector = [(tower, 4 * tower), (4 * tower, width)]
     return (attention + mlp) * config.num_hidden_layers + projector
+
+
+def stack(model: nn.Module) -> Stack:
+    """The decoder's layers, the last of which `--last_blocks` adapts without the projector."""
+    before = [path for path in injection.lora_layers(model) if part_of(path) == "projector"]
+    return Stack.of(model, "--last_blocks", BLOCKS, before)
 
 
 def by_part(paths: Sequence[str]) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lora_core.config import Bias, LoraConfig
 from lora_core.errors import ConfigError, listing
 
 AUTO = "auto"
+BLOCKS = "model.layers"  # path of the list of decoder layers
 # Names in `target_modules` that stand for several layers, as expressions for whole paths.
 ATTENTION = r"re:model\.layers\.\d+\.self_attn\.[qkvo]_proj"
 MLP = r"re:model\.layers\.\d+\.mlp\.(gate|up|down)_proj"
@@ -56,6 +57,8 @@ class LoraChoice:
         target_modules: ends of names as in PEFT ("q_proj"), paths, globs, "re:...", or one of
             `ROLES`; see `asks_for` for what these do not reach.
         seed: of the initial values, together with each layer's name.
+        last_blocks: of the decoder's layers only the last so many are adapted, and the projector
+            only if it is named; None: all.
 
     Raises:
         ConfigError: values that cannot work, all of them.
@@ -67,6 +70,7 @@ class LoraChoice:
     bias: Bias = "none"
     target_modules: tuple[str, ...] = (AUTO,)
     seed: int = 0
+    last_blocks: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target_modules", names_of(self.target_modules))
@@ -79,6 +83,15 @@ class LoraChoice:
             self.config(["any"])
         except ConfigError as error:  # of the rank, alpha, dropout, bias or seed
             yield str(error)
+        if self.last_blocks is not None and self.last_blocks < 1:
+            yield f"last_blocks is {self.last_blocks}: it must be at least 1"
+
+    @property
+    def closed(self) -> dict[str, str]:
+        """Parts that short names do not reach -> how to ask for them."""
+        if self.last_blocks is None:
+            return CLOSED
+        return CLOSED | {"projector": "for these too: projector (then all layers keep activations)"}
 
     def config(self, paths: Sequence[str]) -> LoraConfig:
         """The same for lora_core, on layers with these full paths."""
@@ -130,16 +143,21 @@ def part_of(path: str) -> str:
     return next((part for part, start in PARTS.items() if re.match(start, path)), "other")
 
 
-def asks_for(name: str, part: str) -> bool:
+def asks_for(name: str, part: str, closed: Container[str] = CLOSED) -> bool:
     """Whether a name in `target_modules` reaches a part of the model.
 
     `q_proj` is also the end of names in the vision tower, which the guide leaves frozen, and
-    "**.*_proj" fits them. So the parts of `CLOSED` have to be named.
+    "**.*_proj" fits them. So closed parts have to be named.
+
+    Args:
+        closed: these parts.
     """
-    if part not in CLOSED:
+    if part not in closed:
         return True
     plain = name.replace("\\", "")
     if part == "vision tower":
         return name == "vision" or "vision_embedding.0" in plain
+    if part == "projector":
+        return name == "projector" or "vision_embedding" in plain
     words = {"embeddings": "embed_tokens", "lm_head": "lm_head"}
     return part in words and words[part] in plain

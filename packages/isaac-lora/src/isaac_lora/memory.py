@@ -22,8 +22,13 @@ ROW_BYTES = 1000  # a line in the CSV and the same figures for TensorBoard
 PICTURE_BYTES = 1_000_000  # of pictures with answers in TensorBoard, each validation
 
 
-def advice(cfg: Config) -> Advice:
-    """What to do when memory runs out with this configuration."""
+def advice(cfg: Config, net: IsaacForConditionalGeneration | None = None) -> Advice:
+    """What to do when memory runs out with this configuration.
+
+    Args:
+        net: adapted; None: without advice on the number of layers.
+    """
+    from isaac_lora import lora
     from lora_core.training.out_of_memory import Advice
 
     remedies = []
@@ -31,6 +36,8 @@ def advice(cfg: Config) -> Advice:
         remedies.append("--gradient_checkpointing True (slower)")
     if cfg.per_device_train_batch_size > 1 and not cfg.auto_batch:
         remedies.append("--auto_batch (smaller batches, as many more accumulation steps)")
+    if net is not None and cfg.last_blocks is None and not cfg.adapter:
+        remedies += lora.stack(net).remedies(net)
     remedies.append(
         "a smaller --max_seq_length, with --on_bad_sample skip or --cut_long_samples True for "
         "what is longer; tokens of images count"
@@ -104,7 +111,7 @@ def fitted(
         cfg.gradient_accumulation_steps,
         precision=number_format,
         auto=cfg.auto_batch and not cfg.resume,
-        advice=advice(cfg),
+        advice=advice(cfg, net),
         settings=("per_device_train_batch_size", "gradient_accumulation_steps"),
     )
     return replace(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lora_core.config import option, parse
-from lora_core.errors import ConfigError, listing
+from lora_core.errors import ConfigError, listing, printable
 from lora_core.guards import unnamed
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def ready(options: Options) -> Adapter:
         check_space(files, output.absolute().parent)
 
     check_all(
-        lambda: writable(output.absolute().parent, "--output"),
+        lambda: writable(output.absolute().parent, f"--output {printable(output)}: its folder"),
         lambda: merged_folder.refuse_output(output, options.overwrite, base, Path(options.adapter)),
         fits,
     )

@@ -30,6 +30,7 @@ from lora_core.errors import CheckpointError, NumericError
 from lora_core.injection import full_tensors, lora_layers
 from lora_core.merged_file import check_written, exact, move, private_folder, write_tensors
 from lora_core.merging import TOLERANCE, merged_state_dict
+from lora_core.report import plural
 from lora_core.state_keys import changed_names, keys_of_weights, refuse_ties
 from lora_core.tensor_file import write_json
 from lora_core.weight_files import WeightFiles
@@ -60,8 +61,9 @@ class Merged:
 
     def __str__(self) -> str:
         return (
-            f"{self.path}: {self.tensors} tensors, {self.changed} of them changed; read back, its "
-            f"logits differ from the adapted model by at most {self.difference:.1e} of the largest"
+            f"{self.path}: {plural(self.tensors, 'tensor')}, {self.changed} of them changed; read "
+            f"back, its logits differ from the adapted model by at most {self.difference:.1e} of "
+            "the largest"
         )
 
 

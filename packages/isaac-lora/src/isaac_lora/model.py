@@ -52,6 +52,7 @@ def choice_of(cfg: Config) -> LoraChoice:
         bias=cfg.lora_bias,
         target_modules=names_of(cfg.target_modules),
         seed=cfg.seed,
+        last_blocks=cfg.last_blocks,
     )
 
 
@@ -115,8 +116,16 @@ def build(
         model.config.depth_input_size = cfg.depth_input_size
         model.depth = depths
     if cfg.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     return model.requires_grad_(False)
+
+
+def checkpoint_activations(model: IsaacForConditionalGeneration) -> None:
+    """Compute the layers' activations again in the backward pass instead of keeping them."""
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    # transformers lets the embeddings require gradients, for the reentrant kind: layers before the
+    # first adapter would have a backward pass, too.
+    model.disable_input_require_grads()
 
 
 def _check_depth(cfg: Config, depths: DepthGrids | None) -> None:
@@ -150,16 +159,25 @@ def planned(cfg: Config, dtype: torch.dtype = torch.float32) -> IsaacForConditio
 
 
 def as_planned(cfg: Config, empty: IsaacForConditionalGeneration) -> Config:
-    """The configuration with the figures of the adapters that a model has.
+    """The configuration with the figures, biases and layers of the adapters that a model has.
 
-    They are those of `--adapter` in a warm start, and are kept in the files of the run.
+    They are those of `--adapter` in a warm start, and are kept in the files of the run: with them
+    another run has the same adapters.
 
     Args:
         empty: see `planned`.
     """
     found = injection.configs(empty)[lora.ADAPTER]
+    layers = list(injection.lora_layers(empty))
+    as_default = layers == lora.adapted_layers(empty, LoraChoice())
     return replace(
-        cfg, lora_r=found.r, lora_alpha=found.lora_alpha, lora_dropout=found.lora_dropout
+        cfg,
+        lora_r=found.r,
+        lora_alpha=found.lora_alpha,
+        lora_dropout=found.lora_dropout,
+        lora_bias=found.bias,
+        target_modules=None if as_default else layers,
+        last_blocks=None,
     )
 
 

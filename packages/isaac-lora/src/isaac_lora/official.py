@@ -5,12 +5,14 @@ Nothing in it is executed: neither the Python files that it holds, nor pickled w
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from isaac_lora.json_words import in_json
 from isaac_lora.network.configuration import IsaacConfig
 from isaac_lora.network.isaac import ITS_DEPTH
 from lora_core import base_file
@@ -48,8 +50,13 @@ def find_model(path: str | Path) -> Path:
         raise CheckpointError(
             f"no folder {Path(path).absolute()}, and nothing is downloaded here{_WHERE_TO_GET}"
         )
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder.absolute()} is a file: pass the folder that it lies in")
+    try:
+        os.listdir(folder)
+    except NotADirectoryError:
+        reason = "is a file: pass the folder that it lies in"
+        raise CheckpointError(f"{folder.absolute()} {reason}") from None
+    except OSError as error:
+        raise CheckpointError(f"{folder.absolute()} cannot be read: {error.strerror}") from None
     if not (folder / SETTINGS).is_file():
         raise base_file.no_model_folder(folder, f"{SETTINGS} and {_WEIGHTS}")
     find_weights(folder)
@@ -84,7 +91,7 @@ def read_config(folder: Path) -> IsaacConfig:
     content = base_file.read_settings(path)
     if content.get("model_type") != IsaacConfig.model_type:
         raise CheckpointError(
-            f"{path}: model_type is {content.get('model_type')!r:.80}, expected "
+            f"{path}: model_type is {in_json(content.get('model_type'))}, expected "
             f"{IsaacConfig.model_type!r}{_WHERE_TO_GET}"
         )
     try:

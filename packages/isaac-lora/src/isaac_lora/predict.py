@@ -16,6 +16,7 @@ from isaac_lora.conversations.records import IMAGE, MARKER, Conversation, Turn
 from isaac_lora.question_options import QuestionOptions
 from lora_core.config import option, parse
 from lora_core.errors import ConfigError, DataError, listing, one_line
+from lora_core.report import plural
 from lora_core.settings.types import shown
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(Options, argv or [], prog="isaac-lora predict", description=TEXT)
     processor, questions = ready(options)
 
-    from lora_core.report import plural, say
+    from lora_core.report import say
 
     model = options.load()
     said = {who: answers_of(who, model, processor, questions, options) for who in options.models}
@@ -111,10 +112,9 @@ def ready(options: Options) -> tuple[IsaacProcessor, list[Question]]:
         CheckpointError: no such model or adapter, as far as headers tell.
     """
     from isaac_lora.prompts import questions_of
-    from lora_core.preflight import check_all, writable
+    from lora_core.preflight import check_all
 
     check_all(
-        lambda: writable(options.output, "--output"),
         lambda: refuse_results(options),
         options.check_device,
         options.glance,
@@ -129,11 +129,14 @@ def ready(options: Options) -> tuple[IsaacProcessor, list[Question]]:
 
 
 def refuse_results(options: QuestionOptions, name: str = RESULTS) -> None:
-    """Earlier results stay.
+    """Earlier results stay, and new ones can be written.
 
     Raises:
-        ConfigError: there are some.
+        ConfigError: there are some, or the folder cannot be written.
     """
+    from lora_core.preflight import writable
+
+    writable(options.output, "--output")  # first: into others nobody may look
     file = Path(options.output) / name
     if file.exists() and not options.overwrite:
         raise ConfigError(
@@ -205,8 +208,9 @@ def records_of_flags(options: Options, pictures: Sequence[Path]) -> list[Convers
             add(pictures[0].stem + ending, (*hints, Turn("user", question)), names)
         else:
             problems.append(
-                f"--question {shown(text)}: {places} {IMAGE} markers, but {len(pictures)} pictures "
-                "in --image: expected equal numbers, or one marker for each picture by itself"
+                f"--question {shown(text)}: {plural(places, f'{IMAGE} marker')}, but "
+                f"{plural(len(pictures), 'picture')} in --image: expected equal numbers, "
+                "or one marker for each picture by itself"
             )
     if problems:
         raise DataError(listing(problems))
@@ -254,7 +258,6 @@ def answers_of(
 
 def notes(said: Answers, options: QuestionOptions) -> list[str]:
     """What to know about the answers."""
-    from lora_core.report import plural
 
     found = []
     if "base" in said and options.depths is not None:

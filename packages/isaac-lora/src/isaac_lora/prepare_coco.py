@@ -22,7 +22,7 @@ from lora_core.errors import ConfigError, DataError, listing, one_line, printabl
 from lora_core.guards import unnamed
 from lora_core.preflight import writable
 from lora_core.prepared_folder import MARK, check_output
-from lora_core.report import say, table
+from lora_core.report import plural, say, table
 from lora_core.validate import REPORT, Bad, samples, stop_or_skip, write_report
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = parse(Options, argv or [], prog="isaac-lora prepare coco", description=TEXT)
     output = Path(options.output).absolute()
-    writable(output.parent, "--output")
+    writable(output.parent, f"--output {printable(options.output)}: its folder")
     rows = prepare(options)
     say(table(("file", "conversations", "without objects", "objects", "categories"), rows))
     made = {str(row[0]) for row in rows}
@@ -276,4 +276,4 @@ def _write_tree(tree: Path, sides: Parts, bad: Sequence[Bad], options: Options) 
     (tree / MARK).write_text(json.dumps(facts) + "\n", encoding="ascii")
     if bad:
         write_report(tree / REPORT, bad)
-        say(f"note: {len(samples(bad))} bad samples are left out: see {REPORT} in the output")
+        say(f"note: {plural(len(samples(bad)), 'bad sample')} left out: see {REPORT} in the output")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from isaac_lora.artifacts import (
+    FOLDER,
     artifacts_of,
     checkpoint_of,
     find_run,
@@ -16,7 +18,6 @@ from isaac_lora.artifacts import (
     run_in,
     shown,
     start,
-    writable,
 )
 from isaac_lora.config import PATHS, Config
 from isaac_lora.training_flags import TrainingFlags, description
@@ -68,9 +69,18 @@ def train(argv: Sequence[str]) -> int:
         UserError: settings, data or checkpoints that cannot be used; nothing is lost.
     """
     cfg, run = settings(argv)
+    from lora_core import preflight
+
     place = run or run_in(Path(cfg.output_dir))
-    known = partial(_state_of, run, cfg) if run else partial(refuse_existing, cfg)
-    ready(cfg, writable(place), known)
+
+    def output() -> None:
+        preflight.writable(place.folder, FOLDER)  # first: into others nobody may look
+        if run:
+            _state_of(run, cfg)
+        else:
+            refuse_existing(cfg)
+
+    ready(cfg, output)
     if cfg.dry_run:
         from isaac_lora import dry_run
 
@@ -114,12 +124,18 @@ def ready(cfg: Config, *checks: Callable[[], object]) -> None:
         precision = objective.precision(cfg)
         check_device(cfg.device, precision, cfg.trainer, SHOWN, cfg.dry_run, section="")
 
+    def cache() -> None:
+        kept = cfg.use_depth or cfg.cache_vision
+        if kept and not os.path.isdir(cfg.cache_place):  # one that is only read is of use, too
+            preflight.writable(cfg.cache_place, "--cache_dir")
+
     preflight.check_all(
         *checks,
         device,
         lambda: objective.schedule(cfg)(0, 100),
         lambda: data_survey.find_files(cfg),
         lambda: model.glance(cfg),
+        cache,
     )
 
 
@@ -192,7 +208,7 @@ def fit(cfg: Config, run: IsaacRun | None, device: torch.device) -> int:
             fingerprints=prints,
             may_change=MAY_CHANGE,
             resume_with=f"isaac-lora train --resume_from_checkpoint {run.folder}",
-            advice=memory.advice(cfg),
+            advice=memory.advice(cfg, net),
         )
         trainer.train(resume_from_checkpoint=_state_of(run, cfg))
         if trainer.already_done and run.summary.is_file():

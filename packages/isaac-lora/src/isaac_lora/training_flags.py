@@ -99,6 +99,7 @@ SET_BY_US = {
         "the loss is a mean over the label tokens of all processes", (True,)
     ),
     "dataloader_in_order": Fixed("a resumed run sees batches in the same order", (True,)),
+    "dataloader_persistent_workers": Fixed("workers live through all epochs", (False, True)),
     "disable_tqdm": Fixed("the progress line is this program's own", (None, True)),
     "do_train": Fixed("this command trains; --dry_run only checks", (True,)),
     "eval_on_start": Fixed(
@@ -136,7 +137,6 @@ REFUSED = {
     "batch_eval_metrics": Fixed(_EVALUATION, (False,)),
     "bf16_full_eval": Fixed("evaluation runs in the precision of training", (False,)),
     "data_seed": Fixed("the order of the data follows --seed", (None,)),
-    "dataloader_persistent_workers": Fixed("workers would keep the first epoch's order", (False,)),
     "ddp_backend": Fixed("it is nccl on CUDA and gloo on the CPU", (None,)),
     "debug": Fixed(
         "values that are not finite stop the run by themselves; --debug alone keeps the traceback "

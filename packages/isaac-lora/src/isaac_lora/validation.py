@@ -24,6 +24,7 @@ from isaac_lora.examples import Example, single_rows
 from isaac_lora.prompts import Question, questions_of
 from lora_core.errors import NumericError
 from lora_core.report import RunLog
+from lora_core.training.inference import evaluating
 
 if TYPE_CHECKING:
     from isaac_lora.answers.tags import Size
@@ -134,8 +135,10 @@ def token_loss(
 ) -> float:
     """Mean cross entropy of all learned tokens of conversations, in nats; each weighs the same.
 
+    Dropout does not act; afterwards the model is in the mode that it was in.
+
     Args:
-        model: in evaluation mode. done: is told how many conversations are done.
+        done: is told how many conversations are done.
 
     Raises:
         NumericError: it is not finite; names the first conversations for which it is not.
@@ -147,7 +150,8 @@ def token_loss(
         chosen = range(start, min(start + batch_size, len(rows)))
         batch = data.collate([samples[index] for index in chosen], processor)
         inputs = {name: value.to(model.device) for name, value in features.inputs(batch).items()}
-        loss = float(model(**inputs, num_items_in_batch=1, use_cache=False).loss)
+        with evaluating(model):
+            loss = float(model(**inputs, num_items_in_batch=1, use_cache=False).loss)
         if not math.isfinite(loss):
             raise NumericError(
                 f"{', '.join(batch['keys'])}: the loss is not finite: use bf16 or fp32 in place "

@@ -223,9 +223,9 @@ def refuse_changing(tower: IsaacVisionTransformer) -> None:
     ]
     if trained:
         raise ConfigError(
-            f"--cache_vision keeps what a frozen vision tower makes, but {len(trained)} of its "
-            f"tensors are trained or adapted ({trained[0]}, ...): leave out --cache_vision, or "
-            "choose --target_modules and --lora_bias without the tower"
+            "--cache_vision keeps what a frozen vision tower makes, but training changes "
+            f"{plural(len(trained), 'tensor')} of it ({trained[0]}{', ...' * (len(trained) > 1)}): "
+            "leave out --cache_vision, or choose --target_modules and --lora_bias without the tower"
         )
     if tower.config.attention_dropout:
         raise ConfigError(

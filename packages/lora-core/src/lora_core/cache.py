@@ -51,6 +51,8 @@ class FeatureCache:
         self._unseen = max_bytes  # bytes written since the last look: look at the first write
         self._total = 0  # bytes at the last look
         self._warned = False
+        self._began = time.time_ns()
+        self._said_small = False
 
     def get(
         self, key_parts: Mapping[str, str], compute: Callable[[], Mapping[str, Tensor]]
@@ -143,13 +145,23 @@ class FeatureCache:
             entries.append((status.st_mtime_ns, status.st_size, path))
         total = sum(size for _, size, _ in entries)
         if total > self.max_bytes:
-            for _, size, path in sorted(entries):
+            for used, size, path in sorted(entries):
                 if total <= self.max_bytes * 15 // 16:
                     break
                 if path != keep:
                     _delete(path)
                     total -= size
+                    self._say_small(used)
         self._total, self._unseen = total, 0
+
+    def _say_small(self, used: int) -> None:
+        """Say once that an entry goes which was used in this run, at the time `used` in ns."""
+        if used > self._began and not self._said_small:
+            self._said_small = True
+            say(
+                f"note: the features in use take more than the {self.max_bytes / 1e9:g} GB that "
+                f"{self.folder.absolute()} may hold: some are computed again and again; allow more"
+            )
 
 
 def _delete(path: Path) -> None:

@@ -43,25 +43,34 @@ def size(count: float) -> str:
 def saved_bytes(run: Callable[[], T], ignore: Iterable[Tensor] = ()) -> tuple[int, T]:
     """Bytes that a forward pass keeps for the backward pass, and the result of `run`.
 
-    Each storage counts once and whole; those of `ignore` (parameters, buffers) do not. Works with
-    real tensors on any device and with those of `simulated`.
+    What lives no longer than the forward pass does not count, such as the input of checkpointed
+    layers that need no gradient: the result has to hold the graph. Each storage counts once and
+    whole; those of `ignore` (parameters, buffers) do not. Works with real tensors on any device and
+    with those of `simulate`.
     """
     known = {tensor.untyped_storage()._cdata for tensor in ignore}
-    kept: dict[int, torch.UntypedStorage] = {}  # alive, so that no two share an identity
+    saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            kept[storage._cdata] = storage
-        return tensor
+    def pack(tensor: Tensor) -> _Saved:
+        saved.add(one := _Saved(tensor))
+        return one
 
     @only_looks
-    def unpack(tensor: Tensor) -> Tensor:
-        return tensor
+    def unpack(one: _Saved) -> Tensor:
+        return one.tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         result = run()
-    return sum(storage.nbytes() for storage in kept.values()), result
+    storages = [one.tensor.untyped_storage() for one in saved]
+    kept = {storage._cdata: storage.nbytes() for storage in storages}
+    return sum(count for key, count in kept.items() if key not in known), result
+
+
+class _Saved:
+    """A tensor for the backward pass; the graph alone holds it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 # -- a step without values -------------------------------------------------------------------------
@@ -91,7 +100,7 @@ def simulate(
         precision: fp32, or bf16 or fp16 under autocast.
     """
     ledger, dtype = _Ledger(), AUTOCAST.get(precision)
-    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
+    with warnings.catch_warnings(), _mode_of(network):
         warnings.simplefilter("ignore")  # of reading addresses, where custom functions compare them
         if any(tensor.is_meta for tensor in network.state_dict().values()):
             network.to_empty(device="cpu")
@@ -103,6 +112,16 @@ def simulate(
             value.backward()
         network.zero_grad(set_to_none=True)
     return Step(saved, ledger.peak)
+
+
+def _mode_of(network: nn.Module) -> FakeTensorMode:
+    """The mode in which a network lost its values; a new one if it has not yet.
+
+    Another mode would copy its weights in every operation, and count the copies as activations.
+    """
+    fakes = (tensor for tensor in network.parameters() if isinstance(tensor, FakeTensor))
+    first = next(fakes, None)
+    return FakeTensorMode(allow_non_fake_inputs=True) if first is None else first.fake_mode
 
 
 class _Ledger(TorchDispatchMode):
@@ -231,12 +250,16 @@ def estimate(
     )
 
 
-def memory_table(columns: Mapping[str, Estimate]) -> str:
-    """Estimates side by side, such as one for each precision."""
+def memory_table(columns: Mapping[str, Estimate], device: str = "") -> str:
+    """Estimates side by side, such as one for each precision.
+
+    Args:
+        device: what they are for, as in "on a GPU".
+    """
     names = [field.name for field in fields(Estimate)]
     rows = [[name, *(size(getattr(e, name)) for e in columns.values())] for name in names]
     rows.append(["together", *(size(e.total) for e in columns.values())])
-    return table(["memory of a step", *columns], rows)
+    return table([f"memory of a step {device}".rstrip(), *columns], rows)
 
 
 def adapter_bytes(network: nn.Module) -> int:

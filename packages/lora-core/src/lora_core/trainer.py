@@ -43,7 +43,7 @@ from lora_core.training.checks import (
 )
 from lora_core.training.figures import COLUMNS, Means, Setbacks, on_a_line
 from lora_core.training.flow import Finished, Flow
-from lora_core.training.loading import Watched
+from lora_core.training.loading import Watched, data_loader
 from lora_core.training.loss import Loss, LossModule
 from lora_core.training.optimizer import create_optimizer, create_schedule
 from lora_core.training.out_of_memory import Advice
@@ -66,8 +66,8 @@ class LoraTrainer(Trainer):
     Args:
         model: the adapted network; only parameters that require a gradient are trained.
         args: from `training_arguments`.
-        train_set: map-style data set. If it has `set_epoch(epoch)`, it is told before an epoch's
-            workers start; its samples should be functions of (seed, epoch, index).
+        train_set: map-style data set. If it has `set_epoch(epoch)`, it is told before each epoch,
+            in all workers; its samples should be functions of (seed, epoch, index).
         collate: list of samples -> batch, a dict of tensors, plain values, and dicts and lists.
             Its "keys", if any, are the samples' names in messages.
         loss: `(model, batch) -> (scalar, parts)`; parts are numbers that are logged as means.
@@ -255,16 +255,22 @@ class LoraTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         args: Any = self.args
-        return DataLoader(
-            self.train_dataset,
-            batch_sampler=self.shares.batches,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
+        return data_loader(
+            self.samples,
+            self.shares.batches,
+            self.data_collator,
+            workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
-            worker_init_fn=partial(shield_worker, init=None, leaving=self.leaving),
+            prefetch=args.dataloader_prefetch_factor,
+            start_method=getattr(args, "dataloader_multiprocessing_context", None),
+            worker_init=partial(shield_worker, init=None, leaving=self.leaving),
         )
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Move a batch to the device; from pinned memory without waiting for what runs there."""
+        if isinstance(data, Tensor) and data.is_pinned():
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         self._batches.append(inputs)

@@ -61,6 +61,12 @@ class Config(Guards):
     lora_target_modules: list[str] = option(
         list(TARGETS), "Layers of the transformer's blocks that get adapters.", "LoRA"
     )
+    lora_last_blocks: int | None = option(
+        None,
+        "Adapt only the last so many blocks of the transformer: of those before nothing is kept "
+        "for the backward pass, which ends there; null: all blocks.",
+        "LoRA",
+    )
     enable_multi_instance_attention: bool = option(
         True, "Instances of a scene attend to each other in mi_attention_blocks.", "LoRA"
     )
@@ -163,8 +169,9 @@ class Config(Guards):
             yield from count_problem(self, name, 1)
         for name in ("seed", "lr_warmup_steps", "num_workers", "preview_scenes"):
             yield from count_problem(self, name, 0)
-        if self.num_tokens is not None:
-            yield from count_problem(self, "num_tokens", 1)
+        for name in ("num_tokens", "lora_last_blocks"):
+            if getattr(self, name) is not None:
+                yield from count_problem(self, name, 1)
         yield from unnamed(self, PATHS)
         for name in ("lora_alpha", "learning_rate", "max_grad_norm", "logit_std", "cache_gb"):
             if not 0 < getattr(self, name) <= MAX_FLOAT:  # which NaN is not

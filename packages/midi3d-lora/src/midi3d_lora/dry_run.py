@@ -7,7 +7,7 @@ from torch import nn
 
 from lora_core import dry_run
 from lora_core.report import say
-from midi3d_lora import data, memory, model, objective, scene_encodings
+from midi3d_lora import data, lora, memory, model, objective, scene_encodings
 from midi3d_lora.config import Config
 
 
@@ -42,5 +42,7 @@ def run(cfg: Config) -> int:
         columns[:1],
         memory.disk_use(net, cfg, updates, bool(splits.val), cached),
         cfg.output_dir,
+        cfg.device,
+        lora.stack(net),
     )
     return 0

@@ -65,6 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
         cfg,
         flag="--learning_rate",
-        advice=memory.advice(cfg),
+        advice=memory.advice(cfg, net),
     )
     return 0

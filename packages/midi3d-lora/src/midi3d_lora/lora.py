@@ -19,10 +19,11 @@ from torch import nn
 from lora_core import injection, mechanisms
 from lora_core.errors import ConfigError
 from lora_core.injection import Summary
+from lora_core.last_blocks import Stack
 from lora_core.module_names import in_time, unwrapped
 from lora_core.report import say
 from lora_core.targets import resolve
-from midi3d_lora.lora_choice import ROLES, WITHOUT_EFFECT, LoraChoice
+from midi3d_lora.lora_choice import BLOCKS, ROLES, WITHOUT_EFFECT, LoraChoice
 from midi3d_lora.transformer.dit import TripoSGDiTModel
 
 __all__ = ["ADAPTER", "LoraChoice", "adapted_layers", "inject", "lora_parameters", "remove"]
@@ -69,6 +70,11 @@ def adapted_layers(transformer: TripoSGDiTModel, choice: LoraChoice) -> list[str
     """
     with in_time("the names in lora_target_modules"):
         return resolve(transformer, choice.config(), ROLES)
+
+
+def stack(transformer: nn.Module) -> Stack:
+    """The blocks, the last of which `--lora_last_blocks` adapts."""
+    return Stack.of(transformer, "--lora_last_blocks", BLOCKS)
 
 
 def lora_parameters(transformer: nn.Module) -> list[nn.Parameter]:

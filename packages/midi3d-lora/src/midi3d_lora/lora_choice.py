@@ -11,6 +11,7 @@ from lora_core.config import LoraConfig
 from lora_core.errors import ConfigError, listing
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+BLOCKS = "blocks"  # path of the list of blocks in the transformer
 # Of the released model: its depth, and the five in the middle.
 RELEASED_LAYERS = 21
 RELEASED_MULTI_INSTANCE_BLOCKS = tuple(f"blocks.{index}" for index in range(8, 13))
@@ -36,6 +37,7 @@ class LoraChoice:
             of `ROLES`. `attn2.to_q` is never among them: it has no effect.
         multi_instance_blocks: names of blocks, as "blocks.8"; empty: none.
         seed: of the initial values, together with each layer's name.
+        last_blocks: only the last so many blocks are adapted; None: all.
 
     Raises:
         ConfigError: values that cannot work, all of them.
@@ -47,6 +49,7 @@ class LoraChoice:
     target_modules: tuple[str, ...] = TARGETS
     multi_instance_blocks: tuple[str, ...] = RELEASED_MULTI_INSTANCE_BLOCKS
     seed: int = 0
+    last_blocks: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "multi_instance_blocks"):
@@ -72,6 +75,7 @@ class LoraChoice:
             r=self.rank,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
+            last_blocks={} if self.last_blocks is None else {BLOCKS: self.last_blocks},
             seed=self.seed,
         )
 

@@ -9,7 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from lora_core.report import say
-from midi3d_lora import data, model
+from midi3d_lora import data, lora, model
 from midi3d_lora.config import Config
 
 if TYPE_CHECKING:
@@ -22,8 +22,12 @@ ROW_BYTES = 1000  # a line in the CSV and the same figures for TensorBoard
 NUMBER = 4  # bytes
 
 
-def advice(cfg: Config) -> Advice:
-    """What to do when memory runs out with this configuration."""
+def advice(cfg: Config, net: TripoSGDiTModel | None = None) -> Advice:
+    """What to do when memory runs out with this configuration.
+
+    Args:
+        net: adapted; None: without advice on the number of blocks.
+    """
     from lora_core.training.out_of_memory import Advice
 
     remedies = []
@@ -33,6 +37,8 @@ def advice(cfg: Config) -> Advice:
         remedies.append("--auto_batch (smaller batches, as many more accumulation steps)")
     if cfg.cache == "off":
         remedies.append("--cache on (the encoders are not in memory)")
+    if net is not None and cfg.lora_last_blocks is None and not cfg.adapter:
+        remedies += lora.stack(net).remedies(net)
     if cfg.max_instances > 1:
         remedies.append(f"--max_instances {max(1, cfg.max_instances // 2)}")
     if cfg.mixed_precision == "no" and cfg.device != "cpu":
@@ -84,7 +90,7 @@ def fitted(
         cfg.gradient_accumulation_steps,
         precision=precision,
         auto=cfg.auto_batch and not cfg.resume,
-        advice=advice(cfg),
+        advice=advice(cfg, net),
     )
     return replace(cfg, batch_size=batch_size, gradient_accumulation_steps=accumulation)
 

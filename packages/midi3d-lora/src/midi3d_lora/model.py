@@ -50,6 +50,7 @@ def choice_of(cfg: Config) -> LoraChoice:
         target_modules=tuple(cfg.lora_target_modules),
         multi_instance_blocks=blocks_of(cfg),
         seed=cfg.seed,
+        last_blocks=cfg.lora_last_blocks,
     )
 
 

@@ -173,7 +173,7 @@ def fit(cfg: Config, run: SceneRun | None, device: torch.device) -> int:
             fingerprints=prints,
             may_change=MAY_CHANGE,
             resume_with=f"midi3d-lora train --resume_from_checkpoint {run.folder}",
-            advice=memory.advice(cfg),
+            advice=memory.advice(cfg, net),
             callbacks=[objective.SaveEpochs(updates * cfg.save_every_n_epochs)],
         )
         trainer.train(resume_from_checkpoint=checkpoint_of(run, cfg.resume) if cfg.resume else None)

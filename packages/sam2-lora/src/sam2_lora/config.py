@@ -62,6 +62,12 @@ class Config(Guards):
         "decoder, decoder_attention; append +heads for the decoder's prediction heads.",
         "lora",
     )
+    last_blocks: int | None = option(
+        None,
+        "Adapt only the last so many blocks of the image encoder: of those before nothing is kept "
+        "for the backward pass, which ends there (default: all blocks).",
+        "lora",
+    )
     adapter: str | None = option(None, "Start from this adapter (warm start).", "lora")
     allow_partial: bool = option(
         False, "With --adapter: use what fits where tensors are missing or unexpected.", "lora"
@@ -156,7 +162,7 @@ class Config(Guards):
     cache_dir: str | None = option(
         None,
         "Keep image embeddings here when only the decoder is adapted: the encoder runs once per "
-        "picture (needs --hflip false).",
+        "picture, and once more for its mirror image with --hflip.",
         "output",
     )
     cache_gb: float = option(50.0, "Upper bound of the embedding cache in 10^9 bytes.", "output")
@@ -186,6 +192,13 @@ class Config(Guards):
             value = getattr(self, name)
             if not 0 <= value <= MAX_FLOAT:
                 yield f"--{name} is {value}: it must be a finite number of 0 or more"
+        if self.last_blocks is not None:
+            yield from count_problem(self, "last_blocks", 1)
+            if self.targets.startswith("decoder"):
+                yield (
+                    "--last_blocks chooses among the blocks of the image encoder, of which "
+                    f"--targets {self.targets} adapts none: leave one out"
+                )
         for read in (lambda: self.size, lambda: self.preset):
             try:
                 read()
@@ -196,8 +209,11 @@ class Config(Guards):
                 f"--cache_dir needs an unchanged encoder, not --targets {self.targets}: "
                 "use --targets decoder or decoder_attention"
             )
-        if self.cache_dir and self.hflip:
-            yield "--cache_dir keeps one embedding per picture: add --hflip false"
+        if self.cache_dir and self.shard_base:
+            yield (
+                "--shard_base divides an encoder that --cache_dir hardly runs: leave one of them "
+                "out"
+            )
 
     @property
     def size(self) -> tuple[int, int]:

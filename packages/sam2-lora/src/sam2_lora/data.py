@@ -10,7 +10,7 @@ not change it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 from lora_core.errors import printable
+from lora_core.frozen import Features, FrozenImages, Unseen, inputs
 from lora_core.pictures import survey
 from lora_core.pictures.files import read_image
 from lora_core.pictures.masks import Object, Size, resized
@@ -46,7 +47,7 @@ class Sample(NamedTuple):
     """One picture with N objects and their first prompts: points, or else boxes."""
 
     key: str
-    inputs: dict[str, Tensor]  # pixel_values float32 [3, H, W], or cached features
+    pixels: Tensor | Features | Unseen  # float32 [3, H, W], normalised; or of `TrainSet.frozen`
     points: Tensor | None  # float32 [N, 1, 2], model pixels
     boxes: Tensor | None  # float32 [N, 4], model pixels
     targets: Tensor  # uint8 [N, H, W], 0 and 1
@@ -60,14 +61,14 @@ class TrainSet(EpochDataset[Record, Sample]):
     score. The click keeps off objects that were left out as too small.
 
     Attributes:
-        features: record -> features to use instead of the picture; None reads the picture.
+        frozen: gives samples features from its cache instead of pixels; None: no sample has any.
         counts: number of objects in each picture, where that is known.
     """
 
     def __init__(self, records: Sequence[Record], cfg: Config, counts: Sequence[int] = ()) -> None:
         super().__init__(records, cfg.seed)
         self.cfg, self.counts = cfg, counts
-        self.features: Callable[[Record], dict[str, Tensor]] | None = None
+        self.frozen: FrozenImages | None = None
 
     def __getitem__(self, index: int) -> Sample:
         record, size, rng = self.records[index], self.cfg.size, self.rng(index)
@@ -85,20 +86,23 @@ class TrainSet(EpochDataset[Record, Sample]):
         targets = np.stack([resized(item, size) for item in chosen]) if chosen else empty
         return Sample(
             key=record.key,
-            inputs=self._inputs(record, flip),
+            pixels=self._seen(record, flip),
             points=points,
             boxes=boxes,
             targets=torch.from_numpy(targets.astype(np.uint8)),
             seed=int(rng.integers(2**63)),
         )
 
-    def _inputs(self, record: Record, flip: bool) -> dict[str, Tensor]:
-        if self.features is not None:
-            return self.features(record)
-        rgb = retried(lambda: pixels_of(record))
-        if flip:
-            rgb = np.ascontiguousarray(rgb[:, ::-1])
-        return {"pixel_values": preprocess(rgb, self.cfg.size)}
+    def _seen(self, record: Record, flip: bool) -> Tensor | Features | Unseen:
+        def pixels() -> Tensor:
+            rgb = retried(lambda: pixels_of(record))
+            if flip:
+                rgb = np.ascontiguousarray(rgb[:, ::-1])
+            return preprocess(rgb, self.cfg.size)
+
+        if self.frozen is None:
+            return pixels()
+        return self.frozen.item(record.image, placement(self.cfg.size, flip), pixels)
 
     def _prompts(
         self,
@@ -123,6 +127,11 @@ class TrainSet(EpochDataset[Record, Sample]):
             pixels = [[_click(item, rng)] for item in chosen]
             xy = np.array(pixels, dtype=np.float32)
         return torch.from_numpy(to_model_points(xy, record.size, self.cfg.size)), None
+
+
+def placement(size: Size, mirrored: bool) -> tuple[object, ...]:
+    """What decides how a picture becomes the model's input, as part of a cache's key."""
+    return (*size, "mirrored" if mirrored else "as it is")
 
 
 def pixels_of(record: Record) -> NDArray[np.uint8]:
@@ -160,7 +169,7 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
     put together by the structure of their prompts.
 
     Returns:
-        pixel_values: float32 [B, 3, H, W]; or "features", a dict of tensors [B, ...].
+        pixel_values: float32 [B, 3, H, W]; with a cache items, see `lora_core.frozen.inputs`.
         keys: B names. seed: B integers.
         buckets: one dict for clicks and one for boxes, each if there are any, with
             image: int64 [N], rows of the batch; targets: uint8 [N, H, W];
@@ -174,9 +183,8 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
     ):
         if group:
             buckets.append(_bucket(group))
-    inputs = default_collate([sample.inputs for sample in samples])
     return {
-        **(inputs if "pixel_values" in inputs else {"features": inputs}),
+        **inputs([sample.pixels for sample in samples]),
         "keys": [sample.key for sample in samples],
         "seed": [sample.seed for sample in samples],
         "buckets": buckets,
@@ -210,14 +218,20 @@ class EvalRecord:
     rgb: NDArray[np.uint8]  # [H, W, 3]
     objects: list[Object]
     small: list[Object]  # left out: neither hits nor, without other objects, an empty picture
+    item: Tensor | Features | Unseen | None = None  # of `EvalSet.frozen`
 
 
 class EvalSet(Dataset[EvalRecord]):
-    """Pictures in the order of their keys, read when they are asked for."""
+    """Pictures in the order of their keys, read when they are asked for.
+
+    Attributes:
+        frozen: gives records features from its cache; None: they have none.
+    """
 
     def __init__(self, records: Sequence[Record], cfg: Config, notes: Sequence[str] = ()) -> None:
         self.records = list(records)
         self.cfg = cfg
+        self.frozen: FrozenImages | None = None
         self.notes = tuple(notes)  # what was passed over in reading
 
     def __len__(self) -> int:
@@ -227,7 +241,11 @@ class EvalSet(Dataset[EvalRecord]):
         record = self.records[index]
         found = retried(lambda: objects_of(record, self.cfg))
         rgb = retried(lambda: pixels_of(record))
-        return EvalRecord(record.key, rgb, found.kept, found.small)
+        item = None
+        if self.frozen is not None:
+            place = placement(self.cfg.size, mirrored=False)
+            item = self.frozen.item(record.image, place, lambda: preprocess(rgb, self.cfg.size))
+        return EvalRecord(record.key, rgb, found.kept, found.small, item)
 
     def __iter__(self) -> Iterator[EvalRecord]:
         return (self[index] for index in range(len(self)))
@@ -247,6 +265,12 @@ class Splits:
     counts: dict[str, Counts]  # by split name
     notes: tuple[str, ...]
     bad: tuple[Bad, ...] = ()  # what was left out, and why
+
+    def use(self, frozen: FrozenImages | None) -> None:
+        """Let pictures come as features from a cache, if there is one."""
+        self.train.frozen = self.val.frozen = frozen
+        if self.test is not None:
+            self.test.frozen = frozen
 
     def __str__(self) -> str:
         header = ("split", "pictures", "without objects", "objects", "too small")

@@ -33,6 +33,8 @@ def run(cfg: Config) -> int:
         dry_run.precisions(cfg.precision, cfg.device),
         memory.disk_use(network, cfg),
         cfg.output_dir,
+        cfg.device,
+        placement.stack(network),
     )
     return 0
 

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     from lora_core import find_lr
     from lora_core.training.arguments import choose_device, choose_precision
-    from sam2_lora import data, losses, memory, model, placement
+    from sam2_lora import data, frozen, memory, model, placement
     from sam2_lora.train import ready, warm_start
 
     writable(cfg.ramp_dir, "--ramp_dir")  # not after a hundred updates
@@ -48,9 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         say(placement.adapt(network, cfg))
     network.to(device)
+    images = frozen.frozen_images(network, cfg, precision)
+    splits.use(images)
     find_lr.suggest(
         network,
-        lambda net, batch: losses.loss(net, batch, cfg),
+        frozen.loss_of(cfg, images),
         splits.train,
         data.collate,
         find_lr.Updates(
@@ -64,6 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
         cfg,
         flag="--learning_rate",
-        advice=memory.advice(cfg),
+        advice=memory.advice(cfg, network),
     )
     return 0

@@ -29,14 +29,16 @@ def preprocess(rgb: Tensor | NDArray[np.uint8], size: tuple[int, int]) -> Tensor
     Returns:
         float32 [3, height, width].
     """
-    # A copy: what PIL gives is read-only, of which torch warns.
-    picture = rgb if isinstance(rgb, Tensor) else torch.tensor(rgb)
-    pixels = picture.permute(2, 0, 1)[None].float() / 255
+    if not isinstance(rgb, Tensor):
+        # A copy of what is read-only, as PIL gives it: torch warns of it.
+        rgb = torch.from_numpy(rgb) if rgb.flags.writeable else torch.tensor(rgb)
+    # In place from here on: new memory costs more than the arithmetic.
+    pixels = rgb.permute(2, 0, 1)[None].to(torch.float32, copy=True).div_(255)
     pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True, align_corners=False)
     mean, std = (
         torch.tensor(values, device=pixels.device)[:, None, None] for values in (MEAN, STD)
     )
-    return (pixels[0] - mean) / std
+    return pixels[0].sub_(mean).div_(std)
 
 
 def to_model_points(

@@ -183,8 +183,8 @@ def loss(model: Sam2Model, batch: dict[str, Any], cfg: Config) -> tuple[Tensor, 
 
     Args:
         model: the network, adapted or not.
-        batch: as `data.collate` makes it; "features" (embeddings from the cache) may stand in for
-            "pixel_values".
+        batch: as `data.collate` makes it; "features" (`forward.Features` as a dict) may stand in
+            for "pixel_values".
         cfg: `loss`, `correction_clicks`.
 
     Returns:

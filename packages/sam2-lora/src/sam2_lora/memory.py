@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_core.errors import one_line
 from lora_core.report import plural
-from sam2_lora import data, losses
+from sam2_lora import data, losses, placement
 from sam2_lora.config import STRIDE, Config
 from sam2_lora.survey import objects_of
 
@@ -44,16 +44,16 @@ def largest_batch(train_set: data.TrainSet, count: int) -> dict[str, Any]:
     numbers = largest(train_set, count)
     if cfg.prompts == "mixed":
         clicks = data.TrainSet(train_set.records, replace(cfg, prompts="point"), train_set.counts)
-        clicks.features = train_set.features
+        clicks.frozen = train_set.frozen
         train_set = clicks
     return data.collate([train_set[numbers[k % len(numbers)]] for k in range(count)])
 
 
-def advice(cfg: Config) -> Advice:
-    """What to do when memory runs out with this configuration."""
+def advice(cfg: Config, network: Sam2Model | None = None) -> Advice:
+    """What to do when memory runs out with this configuration, and with this adapted network."""
     from lora_core.training.out_of_memory import Advice
 
-    return Advice(remedies(cfg), lambda batch: describe(batch, cfg))
+    return Advice(remedies(cfg, network), lambda batch: describe(batch, cfg))
 
 
 def describe(batch: dict[str, Any], cfg: Config) -> str:
@@ -66,11 +66,17 @@ def describe(batch: dict[str, Any], cfg: Config) -> str:
     return f"{pictures} with {plural(objects, 'object')}: {names}"
 
 
-def remedies(cfg: Config) -> list[str]:
-    """Flags that make a step smaller, those first that cost least; only ones not in use."""
+def remedies(cfg: Config, network: Sam2Model | None = None) -> list[str]:
+    """Flags that make a step smaller, those first that cost least; only ones not in use.
+
+    Args:
+        network: adapted; None: without advice on the number of blocks.
+    """
     found = []
     if not cfg.gradient_checkpointing and not cfg.cache_dir:
         found.append("--gradient_checkpointing")
+    if network is not None and cfg.last_blocks is None and not cfg.adapter:
+        found += placement.stack(network).remedies(network)
     if not cfg.decoder_only:
         found.append("--targets decoder (the encoder then keeps nothing)")
     if min(cfg.size) > SMALLEST:
@@ -104,7 +110,7 @@ def fitted(network: Sam2Model, train_set: data.TrainSet, cfg: Config) -> Config:
         cfg.gradient_accumulation_steps,
         precision=choose_precision(cfg.precision, next(network.parameters()).device),
         auto=cfg.auto_batch and not cfg.resume,
-        advice=advice(cfg),
+        advice=advice(cfg, network),
     )
     return replace(cfg, batch_size=batch_size, gradient_accumulation_steps=accumulation)
 

@@ -32,6 +32,7 @@ from sam2_lora.prompts import box_of, center_click, center_correction
 if TYPE_CHECKING:
     from transformers import Sam2Model
 
+    from lora_core.frozen import FrozenImages
     from lora_core.pictures.masks import Object
     from sam2_lora.data import EvalSet
 
@@ -125,7 +126,9 @@ def iou_above_probability(
 # -- running the network -------------------------------------------------------------------------
 
 
-def evaluate(model: Sam2Model, val: EvalSet, cfg: Config) -> dict[str, float]:
+def evaluate(
+    model: Sam2Model, val: EvalSet, cfg: Config, frozen: FrozenImages | None = None
+) -> dict[str, float]:
     """Score the network on every object of a data set, at original resolution.
 
     Prompts are fixed by the truth (no random number is drawn): the pixel farthest from the object's
@@ -136,6 +139,7 @@ def evaluate(model: Sam2Model, val: EvalSet, cfg: Config) -> dict[str, float]:
         model: the network; comes back in the modes it had.
         val: `data.EvalSet`.
         cfg: `precision`.
+        frozen: that of `val`, if it has one.
 
     Returns:
         Per object, from one point: "iou" (which `best` follows), "dice", "precision", "recall",
@@ -152,8 +156,11 @@ def evaluate(model: Sam2Model, val: EvalSet, cfg: Config) -> dict[str, float]:
     with evaluating(model), autocast(device, cfg.precision):
         for record in val:
             images += 1
-            pixels = preprocess(record.rgb, image_size(model))[None].to(device)
-            features = encode(model, pixels)
+            if frozen is None:
+                pixels = preprocess(record.rgb, image_size(model))[None].to(device)
+                features = encode(model, pixels)
+            else:
+                features = Features(**frozen.features({"items": [record.item]}))
             if not (record.objects or record.small):
                 empty += 1
                 size = (record.rgb.shape[0], record.rgb.shape[1])

@@ -17,7 +17,7 @@ from lora_core.adapters import file as adapter_file
 from lora_core.adapters import on_base
 from lora_core.cache import fingerprint
 from lora_core.errors import CheckpointError
-from sam2_lora import names, official
+from sam2_lora import names, official, placement
 from sam2_lora.config import Config
 from sam2_lora.forward import Decoded as Decoded
 from sam2_lora.forward import Features as Features
@@ -143,10 +143,13 @@ def glance(cfg: Config) -> None:
 
     Raises:
         CheckpointError: a missing adapter, or what `skeleton` raises.
+        ConfigError: `--last_blocks` is more than the image encoder has.
     """
     on_base.refuse_missing(cfg.adapter)
     if official.find_local(cfg.checkpoint):
-        skeleton(cfg)
+        empty = skeleton(cfg)
+        if cfg.last_blocks is not None and not cfg.adapter:
+            placement.adapt(empty, cfg)
 
 
 def base_fingerprint(file: official.OfficialFile) -> str:

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from transformers import Sam2Config, Sam2Model
 
     from lora_core.injection import Summary
+    from lora_core.last_blocks import Stack
 
+BLOCKS = "vision_encoder.backbone.blocks"
 _ATTENTION = r"(self_attn|cross_attn_token_to_image|cross_attn_image_to_token)"
 
 # Role -> patterns. They match whole names: a mere `proj` would also hit the shortcuts of the trunk,
@@ -48,14 +50,25 @@ def lora_config(cfg: Config) -> LoraConfig:
         r=cfg.lora_rank,
         lora_alpha=cfg.lora_alpha,
         lora_dropout=cfg.lora_dropout,
+        last_blocks={} if cfg.last_blocks is None else {BLOCKS: cfg.last_blocks},
         seed=cfg.seed,
     )
 
 
-def linears(config: Sam2Config, role: str) -> list[tuple[int, int]]:
+def stack(model: Sam2Model) -> Stack:
+    """The blocks of the image encoder, the last of which `--last_blocks` adapts."""
+    from lora_core.last_blocks import Stack
+
+    return Stack.of(model, "--last_blocks", BLOCKS)
+
+
+def linears(config: Sam2Config, role: str, last_blocks: int | None = None) -> list[tuple[int, int]]:
     """(in, out) of each Linear of a role, from the model's sizes and not from its module names.
 
     An adapter of rank r has r * sum(in + out) parameters.
+
+    Args:
+        last_blocks: only those in the last so many blocks of the encoder; None: in all.
     """
     trunk, decoder = config.vision_config.backbone_config, config.mask_decoder_config
     width, layers = decoder.hidden_size, decoder.num_hidden_layers
@@ -63,6 +76,8 @@ def linears(config: Sam2Config, role: str) -> list[tuple[int, int]]:
         stages = zip(trunk.embed_dim_per_stage, trunk.blocks_per_stage, strict=True)
         after = [channels for channels, blocks in stages for _ in range(blocks)]
         before = [after[0], *after[:-1]]  # a stage's first block widens
+        first = 0 if last_blocks is None else len(after) - last_blocks
+        before, after = before[first:], after[first:]
         qkv = [(c, 3 * d) for c, d in zip(before, after, strict=True)]
         return qkv + [(d, d) for d in after]
     if role == "decoder_attention":
@@ -90,6 +105,6 @@ def adapt(model: Sam2Model, cfg: Config) -> Summary:
     from lora_core.overview import require_linears
 
     summary = inject(model, lora_config(cfg))
-    wanted = [pair for role in roles(cfg) for pair in linears(model.config, role)]
+    wanted = [p for role in roles(cfg) for p in linears(model.config, role, cfg.last_blocks)]
     require_linears(summary, wanted, cfg.lora_rank, f"--targets {cfg.targets}")
     return summary

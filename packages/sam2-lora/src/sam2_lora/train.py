@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
 from itertools import islice
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_core.config import parse
-from lora_core.errors import ConfigError
 from lora_core.errors import run as guarded
 from lora_core.guards import Guards
 from lora_core.report import RunLog, say, table
@@ -29,12 +28,10 @@ from sam2_lora.config import Config
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
     from transformers import Sam2Model, TrainingArguments
 
     from lora_core.trainer import LoraTrainer
     from sam2_lora.data import EvalSet, Splits
-    from sam2_lora.records import Record
 
 COLUMNS = (
     "step", "split", "epoch", "loss", "loss_mask", "loss_dice", "loss_iou", "loss_class",
@@ -88,20 +85,20 @@ def fit(cfg: Config, run: Run | None, device: torch.device) -> int:
     from lora_core.disk import check_space, folder_bytes
     from lora_core.distributed import first_rank_decides
     from lora_core.trainer import LoraTrainer, choose_precision
-    from sam2_lora import data, losses, memory, metrics, model, placement
+    from sam2_lora import data, frozen, losses, memory, metrics, model, placement
 
     splits = data.load(cfg, lambda make: first_rank_decides(make, device))
     say(f"{splits}\n")
-    choose_precision(cfg.precision, device)  # wakes a GPU, so after the data
+    precision = choose_precision(cfg.precision, device)  # wakes a GPU, so after the data
     network = model.build(cfg)
     if cfg.adapter:
         cfg = warm_start(network, cfg)
     else:
         say(placement.adapt(network, cfg))
     network.to(device)
-    if cfg.cache_dir:
-        splits.train.features = cached_features(network, cfg)
+    images = frozen.frozen_images(network, cfg, precision)
     cfg = memory.fitted(network, splits.train, cfg)
+    splits.use(images)
     written = folder_bytes(run.folder) if run else 0
     check_space(memory.disk_use(network, cfg), cfg.output_dir, written)
     size = network.sam2_base.variant.rpartition("_hiera_")[2]
@@ -117,8 +114,8 @@ def fit(cfg: Config, run: Run | None, device: torch.device) -> int:
         arguments(cfg, run.state, device),
         splits.train,
         data.collate,
-        lambda net, batch: losses.loss(net, batch, cfg),
-        (lambda net: metrics.evaluate(net, splits.val, cfg)) if splits.val else None,
+        frozen.loss_of(cfg, images),
+        (lambda net: metrics.evaluate(net, splits.val, cfg, images)) if splits.val else None,
         log=log,
         patience=cfg.patience if splits.val else None,
         min_delta=cfg.min_delta,
@@ -135,7 +132,7 @@ def fit(cfg: Config, run: Run | None, device: torch.device) -> int:
         fingerprints=prints,
         may_change=MAY_CHANGE,
         resume_with=f"sam2-lora train --resume {run.folder}",
-        advice=memory.advice(cfg),
+        advice=memory.advice(cfg, network),
     )
     trainer.train(resume_from_checkpoint=checkpoint_of(run, cfg.resume) if cfg.resume else None)
     if trainer.already_done and run.summary.is_file():
@@ -174,7 +171,7 @@ def arguments(cfg: Config, folder: str | Path, device: torch.device) -> Training
         log_steps=cfg.log_steps,
         eval_steps=cfg.eval_steps,
         seed=cfg.seed,
-        num_workers=0 if cfg.cache_dir else cfg.num_workers,
+        num_workers=cfg.num_workers,
         precision=cfg.precision,
         device=device,
         trainer=cfg.trainer,
@@ -223,7 +220,6 @@ def warm_start(network: Sam2Model, cfg: Config) -> Config:
 
     Raises:
         CheckpointError: see `model.load_adapter`.
-        ConfigError: it adapts the encoder, whose output is to be cached.
     """
     from lora_core import summary
     from sam2_lora.model import load_adapter
@@ -231,40 +227,8 @@ def warm_start(network: Sam2Model, cfg: Config) -> Config:
     load_adapter(network, str(cfg.adapter), cfg.allow_partial)
     say(f"starting from {cfg.adapter}; its rank, alpha and layers are used")
     say(report := summary(network))
-    if cfg.cache_dir and any(row.path.startswith("vision_encoder.") for row in report.rows):
-        raise ConfigError(f"--cache_dir needs an unchanged encoder, but {cfg.adapter} adapts it")
     first = report.rows[0]
     return replace(cfg, lora_rank=first.r, lora_alpha=first.alpha)
-
-
-def cached_features(network: Sam2Model, cfg: Config) -> Callable[[Record], dict[str, Tensor]]:
-    """Image embeddings that the frozen encoder makes once per picture, kept in `cfg.cache_dir`."""
-    import torch
-
-    from lora_core.cache import FeatureCache, fingerprint
-    from lora_core.training.inference import autocast, evaluating
-    from sam2_lora.data import pixels_of
-    from sam2_lora.image import preprocess
-    from sam2_lora.model import encode
-
-    cache = FeatureCache(str(cfg.cache_dir), int(cfg.cache_gb * 1e9))
-    device = next(network.parameters()).device
-
-    def compute(record: Record) -> dict[str, Tensor]:
-        pixels = preprocess(pixels_of(record), cfg.size)[None].to(device)
-        with evaluating(network), autocast(device, cfg.precision), torch.no_grad():
-            features = encode(network, pixels)
-        return {name: tensor[0].cpu() for name, tensor in features._asdict().items()}
-
-    def features(record: Record) -> dict[str, Tensor]:
-        key = {
-            "base": network.sam2_base.fingerprint,
-            "picture": fingerprint(record.image),
-            "preprocessing": f"{cfg.size} {cfg.precision} {device.type}",
-        }
-        return cache.get(key, lambda: compute(record))
-
-    return features
 
 
 def show(network: Sam2Model, val: EvalSet | None, log: RunLog, step: int) -> None:
@@ -321,8 +285,8 @@ def score_test(artifacts: Artifacts, test: EvalSet) -> dict[str, dict[str, float
     network = load(live.sam2_base.path, image_size(live), artifacts.run.folder / "adapter")
     network.to(next(live.parameters()).device)
     with adapters_off(network):
-        base = evaluate(network, test, cfg)
-    figures = {"base": base, "lora": evaluate(network, test, cfg)}
+        base = evaluate(network, test, cfg, test.frozen)
+    figures = {"base": base, "lora": evaluate(network, test, cfg, test.frozen)}
     say("\ntest split")
     rows = [[name, *(values[key] for key in SHOWN)] for name, values in figures.items()]
     say(table(["model", *SHOWN], rows))

@@ -33,7 +33,7 @@ PATHS = frozenset(
     [
         "dataset.train_img_folder", "dataset.train_ann_file", "dataset.val_img_folder",
         "dataset.val_ann_file", "paths.sam3_checkpoint", "paths.bpe_path", "checkpoint.save_dir",
-        "logging.log_dir", "resume", "adapter",
+        "logging.log_dir", "resume", "adapter", "cache_dir",
     ]
 )  # fmt: skip
 

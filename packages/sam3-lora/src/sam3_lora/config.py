@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from lora_core.config import MAX_FLOAT, option
 from lora_core.errors import ConfigError, near
-from lora_core.guards import Guards, count_problem
+from lora_core.guards import Guards, count_problem, unnamed
 from lora_core.pictures import input_size
 from lora_core.settings.types import shown
 
@@ -57,6 +57,11 @@ class Lora:
     apply_to_mask_decoder: bool | None = option(
         None, "Adapt the mask head (default: with training.enable_segmentation)."
     )
+    last_blocks: int | None = option(
+        None,
+        "Of the image encoder adapt only the last so many layers: of those before nothing is kept "
+        "for the backward pass, which ends there (default: all layers).",
+    )
     freeze_backbone: bool | None = option(None, "Opposite of apply_to_vision_encoder.")
     freeze_text_encoder: bool | None = option(None, "Opposite of apply_to_text_encoder.")
     freeze_encoder: bool | None = option(None, "Opposite of apply_to_detr_encoder.")
@@ -70,6 +75,9 @@ class Lora:
             yield f"--lora.alpha is {self.alpha}: it must be a finite number above 0"
         if not 0 <= self.dropout < 1:
             yield f"--lora.dropout is {self.dropout}: it must be 0 <= p < 1"
+        if self.last_blocks is not None:
+            for text in count_problem(self, "last_blocks", 1):
+                yield text.replace("--", "--lora.", 1)
         if not self.target_modules:
             yield "--lora.target_modules is empty: name layers, or all"
         for name in self.target_modules:
@@ -282,6 +290,13 @@ class Config(Guards):
         None, "Continue from this best.pt or epoch_N.pt, or the last state of its folder."
     )
     adapter: str | None = option(None, "Start from this adapter (warm start).")
+    cache_dir: str | None = option(
+        None,
+        "Keep what frozen encoders make here, for all runs: features of phrases, and with "
+        "lora.apply_to_vision_encoder false those of pictures (needs "
+        "--dataset.enable_augmentation false).",
+    )
+    cache_gb: float = option(50.0, "Upper bound of the cache in 10^9 bytes.")
     overwrite: bool = option(False, "Replace the results of a finished run in the folders.")
     device: Device = option("auto", "Where to train.")
     seed: int = option(123, "Fixes adapters, data order, negatives and dropout.")
@@ -294,12 +309,19 @@ class Config(Guards):
         for section in (self.lora, self.dataset, self.training):
             yield from section.problems()
         yield from count_problem(self, "seed", 0)
+        yield from self._cache_problems()
         for text in count_problem(self.checkpoint, "save_freq", 1):
             yield text.replace("--", "--checkpoint.", 1)
         for text in count_problem(self.logging, "log_steps", 1):
             yield text.replace("--", "--logging.", 1)
-        if not self.lora.components(self.training.enable_segmentation):
+        components = self.lora.components(self.training.enable_segmentation)
+        if not components:
             yield "nothing to train: every component is switched off by --lora.apply_to_..."
+        if self.lora.last_blocks is not None and "vision_encoder" not in components:
+            yield (
+                "--lora.last_blocks chooses among the layers of the image encoder, which is not "
+                "adapted (apply_to_vision_encoder, freeze_backbone): leave one out"
+            )
         if self.training.best_metric == "segm_mAP" and not self.training.enable_segmentation:
             yield (
                 "--training.best_metric segm_mAP: masks are trained only with "
@@ -311,6 +333,29 @@ class Config(Guards):
             yield (
                 "--lora.apply_to_mask_decoder: the mask head is trained only with "
                 "--training.enable_segmentation true"
+            )
+
+    def _cache_problems(self) -> Iterator[str]:
+        yield from unnamed(self, ["cache_dir"])
+        if not 0 < self.cache_gb <= MAX_FLOAT:
+            yield f"--cache_gb is {self.cache_gb}: it must be a finite number above 0"
+        if not self.cache_dir:
+            return
+        adapted = self.lora.components(self.training.enable_segmentation)
+        if "vision_encoder" in adapted and "text_encoder" in adapted and not self.adapter:
+            yield (
+                "--cache_dir keeps what frozen encoders make, and both are adapted: leave it out, "
+                "or add --lora.apply_to_vision_encoder false or --lora.apply_to_text_encoder false"
+            )
+        if "vision_encoder" not in adapted and self.dataset.enable_augmentation:
+            yield (
+                "--cache_dir keeps the features of each picture as it is: add "
+                "--dataset.enable_augmentation false"
+            )
+        if "vision_encoder" not in adapted and self.shard_base:
+            yield (
+                "--shard_base divides an image encoder that --cache_dir hardly runs: leave one of "
+                "them out"
             )
 
 

@@ -15,9 +15,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from lora_core.errors import printable
+from lora_core.frozen import Features, FrozenImages, Unseen
 from lora_core.pictures import survey as pictures
 from lora_core.pictures.masks import Size
 from lora_core.pictures.survey import left_out, remarks, without
@@ -42,7 +44,13 @@ from sam3_lora.survey import (
     trainable,
 )
 from sam3_lora.tokenizer import CONTEXT, Tokenizer
-from sam3_lora.transforms import drawn_placement, filling, jittered, place_picture, preprocess
+from sam3_lora.transforms import (
+    Placement,
+    drawn_placement,
+    filling,
+    jittered,
+    place_picture,
+)
 
 __all__ = [
     "EvalRecord",
@@ -69,11 +77,13 @@ class TrainSet(EpochDataset[Record, Sample]):
     Attributes:
         records: the pictures, in the order of their names.
         phrases: all that can be asked for.
+        frozen: gives samples features from its cache instead of pixels; None: no sample has any.
     """
 
     def __init__(self, records: Sequence[Record], phrases: Sequence[str], cfg: Config) -> None:
         super().__init__(records, cfg.seed)
         self.phrases, self.cfg = list(phrases), cfg
+        self.frozen: FrozenImages | None = None
 
     def __getitem__(self, index: int) -> Sample:
         record, settings, rng = self.records[index], self.cfg.dataset, self.rng(index)
@@ -87,7 +97,7 @@ class TrainSet(EpochDataset[Record, Sample]):
             place = drawn_placement(settings.size, rng)
         if settings.hflip and rng.random() < 0.5:
             place = place._replace(mirrored=True)
-        pixels = place_picture(retried(record.pixels), place)
+        pixels = _seen(record, place, self.frozen)
         placed = [
             in_input(query, record.size, place, masks, example)
             for query, example in zip(queries, examples, strict=True)
@@ -108,10 +118,14 @@ class ValSet(Dataset[EvalRecord]):
 
     Each is asked for all that is in it and for the same absent phrases in every epoch and run, so
     that their scores compare.
+
+    Attributes:
+        frozen: as for `TrainSet`.
     """
 
     def __init__(self, records: Sequence[Record], split: Split, cfg: Config) -> None:
         self.records, self.numbers, self.cfg = list(records), split.phrases.numbers, cfg
+        self.frozen: FrozenImages | None = None
 
     def __len__(self) -> int:
         return len(self.records)
@@ -126,7 +140,7 @@ class ValSet(Dataset[EvalRecord]):
             key=record.key,
             image=record.image,
             image_id=record.image_id,
-            pixels=preprocess(retried(record.pixels), self.cfg.dataset.size),
+            pixels=_seen(record, filling(self.cfg.dataset.size), self.frozen),
             size=record.size,
             phrases=[query.phrase for query in queries],
             categories=[self.numbers[query.phrase] for query in queries],
@@ -136,6 +150,17 @@ class ValSet(Dataset[EvalRecord]):
 
     def __iter__(self) -> Iterator[EvalRecord]:
         return (self[index] for index in range(len(self)))
+
+
+def _seen(
+    record: Record, place: Placement, frozen: FrozenImages | None
+) -> Tensor | Features | Unseen:
+    """A picture as the model sees it, f32 [3, H, W], or its features."""
+
+    def pixels() -> Tensor:
+        return place_picture(retried(record.pixels), place)
+
+    return pixels() if frozen is None else frozen.item(record.image, place, pixels)
 
 
 # -- the whole data set ----------------------------------------------------------------------------
@@ -151,6 +176,16 @@ class Splits:
     counts: dict[str, Counts]  # by split name
     notes: tuple[str, ...]
     bad: tuple[Bad, ...] = ()  # what was left out, and why
+
+    def use(self, frozen: FrozenImages | None) -> None:
+        """Let samples come from a cache of features, if there is one.
+
+        Training pictures at random sizes and places do not: no two are equal.
+        """
+        if not self.train.cfg.dataset.enable_augmentation:
+            self.train.frozen = frozen
+        if self.val is not None:
+            self.val.frozen = frozen
 
     def __str__(self) -> str:
         header = ("split", "pictures", "empty", "objects", "with mask", "absent phrases")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora_core import dry_run
 from lora_core.report import say
-from sam3_lora import data, memory, model, objective
+from sam3_lora import data, memory, model, objective, placement
 from sam3_lora.config import Config
 from sam3_lora.network import drop_text_encoder, trains_text
 from sam3_lora.scoring import EncodedPhrases
@@ -35,6 +35,8 @@ def run(cfg: Config) -> int:
         precisions(cfg),
         memory.disk_use(network, cfg, data.updates_per_epoch(cfg, splits), splits.val is not None),
         cfg.checkpoint.save_dir,
+        cfg.device,
+        placement.stack(network),
     )
     return 0
 

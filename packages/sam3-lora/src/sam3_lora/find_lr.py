@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     from lora_core import find_lr, preflight
     from lora_core.training.arguments import choose_device
-    from sam3_lora import data, memory, model, objective, train
+    from sam3_lora import data, frozen, memory, model, objective, train
 
     # Not after a hundred updates.
     train.ready(cfg, partial(preflight.writable, cfg.ramp_dir, "--ramp_dir"))
@@ -43,10 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     precision = objective.usable_precision(cfg, device)  # wakes a GPU, so after the data
     network = objective.adapted(model.build(cfg), cfg).to(device)
     words = objective.vocabulary(network, splits, cfg)
-    phrases = objective.encoded(network, words, splits)
+    cache = frozen.cache_of(cfg)
+    phrases = objective.encoded(network, words, splits, cache)
+    images = frozen.frozen_images(network, cfg, precision, cache)
+    splits.use(images)
     find_lr.suggest(
         network,
-        objective.loss_of(cfg, phrases),
+        objective.loss_of(cfg, phrases, images),
         splits.train,
         partial(data.collate, tokenizer=words),
         find_lr.Updates(
@@ -60,6 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
         cfg,
         flag="--training.learning_rate",
-        advice=memory.advice(cfg),
+        advice=memory.advice(cfg, network),
     )
     return 0

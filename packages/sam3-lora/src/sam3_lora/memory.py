@@ -9,7 +9,7 @@ from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from sam3_lora import data
+from sam3_lora import data, placement
 from sam3_lora.config import PATCH, Config
 from sam3_lora.queries import absent, usable
 from sam3_lora.records import Record
@@ -65,11 +65,11 @@ def largest_batch(train_set: data.TrainSet, tokenizer: Tokenizer, count: int) ->
 # -- when memory runs out --------------------------------------------------------------------------
 
 
-def advice(cfg: Config) -> Advice:
-    """What to do when memory runs out with this configuration."""
+def advice(cfg: Config, network: Sam3Model | None = None) -> Advice:
+    """What to do when memory runs out with this configuration, and with this adapted network."""
     from lora_core.training.out_of_memory import Advice
 
-    return Advice(remedies(cfg), partial(describe, cfg=cfg))
+    return Advice(remedies(cfg, network), partial(describe, cfg=cfg))
 
 
 def describe(batch: dict[str, Any], cfg: Config) -> str:
@@ -87,10 +87,13 @@ def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def remedies(cfg: Config) -> list[str]:
+def remedies(cfg: Config, network: Sam3Model | None = None) -> list[str]:
     """Flags that make a step smaller, the best first; only ones that are not in use.
 
     First what costs time alone, then what changes the training, last what the network sees.
+
+    Args:
+        network: adapted; None: without advice on the number of layers.
     """
     training, dataset = cfg.training, cfg.dataset
     found = []
@@ -104,6 +107,8 @@ def remedies(cfg: Config) -> list[str]:
         found.append(f"--dataset.max_negatives {dataset.max_negatives // 2}")
     if training.o2m_weight:
         found.append("--training.o2m_weight 0")
+    if network is not None and cfg.lora.last_blocks is None and not cfg.adapter:
+        found += placement.stack(network).remedies(network)
     if "vision_encoder" in cfg.lora.components(training.enable_segmentation):
         found.append("--lora.apply_to_vision_encoder false (the image encoder then keeps nothing)")
     if min(dataset.size) > SMALLEST:
@@ -145,7 +150,7 @@ def fitted(
         cfg.training.gradient_accumulation_steps,
         precision=precision,
         auto=cfg.auto_batch and not cfg.resume,
-        advice=advice(cfg),
+        advice=advice(cfg, network),
         settings=("training.batch_size", "training.gradient_accumulation_steps"),
     )
     training = replace(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sam3_lora import decoder
 from sam3_lora.outputs import Detections, Masks, Outputs
 from sam3_lora.prompts import encode_exemplars, encode_text
-from sam3_lora.vision import Features, encode_images
+from sam3_lora.vision import Features, encode_images, feature_maps
 
 if TYPE_CHECKING:
     from transformers import Sam3Config, Sam3Model
@@ -28,6 +28,7 @@ __all__ = [
     "drop_text_encoder",
     "encode_images",
     "encode_text",
+    "feature_maps",
     "forward",
     "set_gradient_checkpointing",
     "trains_text",
@@ -117,10 +118,13 @@ def forward(model: Sam3Model, batch: dict[str, Any], *, masks: bool, one_to_many
         batch: pixel_values f32 [I, 3, H, W]; input_ids and attention_mask i64 [P, L]; image_ids
             and text_ids i64 [B]. Optional: exemplars f32 [B, K, 4] with exemplar_labels i64 [B, K]
             (1, 0, or -10 for padding); text_features [P, L, C], of `encode_text`, instead of
-            input_ids.
+            input_ids; trunk [I, h, w, width], of `vision.encode_trunk`, instead of pixel_values.
         masks: whether to run the mask head, which costs much memory.
     """
-    features = encode_images(model, batch["pixel_values"], masks=masks)
+    if "trunk" in batch:
+        features = feature_maps(model, batch["trunk"], masks=masks)
+    else:
+        features = encode_images(model, batch["pixel_values"], masks=masks)
     text = batch.get("text_features")
     if text is None:
         text = encode_text(model, batch["input_ids"], batch["attention_mask"])

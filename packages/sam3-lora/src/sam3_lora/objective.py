@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import Sam3Model
 
+    from lora_core.cache import FeatureCache
+    from lora_core.frozen import FrozenImages
     from sam3_lora.data import Splits
     from sam3_lora.scoring import EncodedPhrases
     from sam3_lora.tokenizer import Tokenizer
@@ -83,10 +85,15 @@ def texts_of(splits: Splits) -> list[str]:
     return list(dict.fromkeys([*splits.phrases, VISUAL, *ABSENT]))
 
 
-def encoded(net: Sam3Model, words: Tokenizer, splits: Splits) -> EncodedPhrases | None:
+def encoded(
+    net: Sam3Model, words: Tokenizer, splits: Splits, cache: FeatureCache | None = None
+) -> EncodedPhrases | None:
     """The phrases of the data, encoded once; then the text encoder is dropped from memory.
 
     None where it is trained, and so must run in every step.
+
+    Args:
+        cache: from which phrases come that an earlier run has encoded.
     """
     import torch
 
@@ -96,13 +103,20 @@ def encoded(net: Sam3Model, words: Tokenizer, splits: Splits) -> EncodedPhrases 
     if trains_text(net):
         return None
     with torch.no_grad():
-        phrases = EncodedPhrases(net, words, texts_of(splits))
+        phrases = EncodedPhrases.one_by_one(net, words, texts_of(splits), cache)
     drop_text_encoder(net)
     return phrases
 
 
-def loss_of(cfg: Config, phrases: EncodedPhrases | None) -> Callable[[Any, dict[str, Any]], Any]:
-    """(network, batch) -> (loss, parts)."""
+def loss_of(
+    cfg: Config, phrases: EncodedPhrases | None, frozen: FrozenImages | None = None
+) -> Callable[[Any, dict[str, Any]], Any]:
+    """(network, batch) -> (loss, parts).
+
+    Args:
+        phrases: encoded; None: the text encoder runs in every step.
+        frozen: see `frozen.frozen_images`; None: the image encoder sees all pictures at once.
+    """
     from sam3_lora import losses, network
     from sam3_lora.normalisers import Normalisers
     from sam3_lora.outputs import Targets
@@ -113,6 +127,8 @@ def loss_of(cfg: Config, phrases: EncodedPhrases | None) -> Callable[[Any, dict[
     )
 
     def loss(net: Sam3Model, batch: dict[str, Any]) -> Any:
+        if frozen is not None:
+            batch = batch | frozen.features(batch)
         if phrases is not None:
             rows = phrases.rows(batch["phrases"])
             batch = batch | {

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from transformers import Sam3Config, Sam3Model
 
     from lora_core.injection import Summary
+    from lora_core.last_blocks import Stack
 
+BLOCKS = "vision_encoder.backbone.layers"
 ATTENTION = ROLES[:4]
 
 
@@ -130,18 +132,31 @@ def lora_config(cfg: Config) -> LoraConfig:
         r=cfg.lora.rank,
         lora_alpha=cfg.lora.alpha,
         lora_dropout=cfg.lora.dropout,
+        last_blocks={} if cfg.lora.last_blocks is None else {BLOCKS: cfg.lora.last_blocks},
         seed=cfg.seed,
     )
+
+
+def stack(model: Sam3Model) -> Stack:
+    """The layers of the image encoder, the last of which `--lora.last_blocks` adapts."""
+    from lora_core.last_blocks import Stack
+
+    return Stack.of(model, "--lora.last_blocks", BLOCKS)
 
 
 def _components(cfg: Config) -> tuple[str, ...]:
     return cfg.lora.components(cfg.training.enable_segmentation)
 
 
-def linears(config: Sam3Config, component: str, role: str) -> list[tuple[int, int]]:
+def linears(
+    config: Sam3Config, component: str, role: str, last_blocks: int | None = None
+) -> list[tuple[int, int]]:
     """(in, out) of each Linear of a role, from the model's sizes and not from its module names.
 
     An adapter of rank r has r * sum(in + out) parameters.
+
+    Args:
+        last_blocks: of the vision encoder only those in the last so many layers; None: in all.
     """
     if component == "vision_encoder":
         part = config.vision_config.backbone_config
@@ -151,6 +166,8 @@ def linears(config: Sam3Config, component: str, role: str) -> list[tuple[int, in
         part = getattr(config, f"{component}_config")
     width, site = part.hidden_size, SITES[component]
     layers: int = getattr(part, "num_layers", getattr(part, "num_hidden_layers", 1))
+    if component == "vision_encoder" and last_blocks is not None:
+        layers = last_blocks
     if role in ATTENTION:
         return [(width, width)] * (layers * site.attentions)
     if not site.mlp:
@@ -179,6 +196,7 @@ def adapt(model: Sam3Model, cfg: Config) -> Summary:
     if not all(name in (*ROLES, "all") for name in names):
         return summary
     sites = {site for name in names for site in _sites(name, _components(cfg))}
-    wanted = [shape for site in sites for shape in linears(model.config, *site)]
+    last = cfg.lora.last_blocks
+    wanted = [shape for site in sites for shape in linears(model.config, *site, last)]
     require_linears(summary, wanted, cfg.lora.rank, f"target_modules {names}")
     return summary

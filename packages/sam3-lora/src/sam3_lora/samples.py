@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_core import frozen
 from lora_core.pictures.masks import Size
 from sam3_lora.queries import Query
 from sam3_lora.records import Box, Instance, run_lengths
@@ -38,7 +39,7 @@ class Sample(NamedTuple):
     """One picture with its queries."""
 
     key: str
-    pixels: Tensor  # f32 [3, H, W]
+    pixels: Tensor | frozen.Features | frozen.Unseen  # f32 [3, H, W]; or of `TrainSet.frozen`
     queries: list[Asked]
 
 
@@ -83,7 +84,8 @@ def collate(samples: Sequence[Sample], tokenizer: Tokenizer) -> dict[str, Any]:
 
     Returns:
         keys: B names, "picture: phrase". pictures: I names.
-        pixel_values: f32 [I, 3, H, W]. phrases: P texts.
+        pixel_values: f32 [I, 3, H, W]; with a cache items, see `lora_core.frozen.inputs`.
+        phrases: P texts.
         input_ids, attention_mask: i64 [P, 32].
         image_ids, text_ids: i64 [B], the picture and phrase of each query.
         exemplars: f32 [B, 1, 4] and exemplar_labels: i64 [B, 1], 1 or -10 for none; only if there
@@ -98,7 +100,7 @@ def collate(samples: Sequence[Sample], tokenizer: Tokenizer) -> dict[str, Any]:
         "keys": [f"{samples[image].key}: {query.phrase}" for image, query in rows],
         "pictures": [sample.key for sample in samples],
         "phrases": phrases,
-        "pixel_values": torch.stack([sample.pixels for sample in samples]),
+        **frozen.inputs([sample.pixels for sample in samples]),
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "image_ids": torch.tensor([image for image, _ in rows], dtype=torch.int64),
@@ -136,7 +138,7 @@ class EvalRecord:
 
     Attributes:
         key: the picture's name. image: its file. image_id: its number in results.
-        pixels: the model's input, f32 [3, H, W].
+        pixels: the model's input, f32 [3, H, W]; or of `ValSet.frozen`.
         size: (height, width) of the picture in its file.
         phrases: what it is asked; categories: the number of each in results.
         truth: of each phrase COCO annotations in pixels of the file: bbox [x, y, width, height],
@@ -147,7 +149,7 @@ class EvalRecord:
     key: str
     image: Path
     image_id: int
-    pixels: Tensor
+    pixels: Tensor | frozen.Features | frozen.Unseen
     size: Size
     phrases: list[str]
     categories: list[int]

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lora_core.cache import FeatureCache
+from lora_core.frozen import Features, FrozenImages, Unseen
 from sam3_lora import network as net
 from sam3_lora.average_precision import BEST_OF_IMAGE, MeanAveragePrecision
 from sam3_lora.losses import LossSettings, loss
@@ -59,6 +61,39 @@ class EncodedPhrases:
         self.features, self.mask = torch.cat(features), torch.cat(valid)
 
     @classmethod
+    def one_by_one(
+        cls,
+        network: Sam3Model,
+        tokenizer: Tokenizer,
+        texts: Iterable[str],
+        cache: FeatureCache | None = None,
+    ) -> EncodedPhrases:
+        """Each phrase encoded on its own, so that its features do not depend on the others.
+
+        Args:
+            cache: where features are kept; the text encoder must be as in the base.
+        """
+        found = cls.without_values(network, texts)
+        device = next(network.parameters()).device
+        found.features, found.mask = found.features.to(device), found.mask.to(device)
+        numbers = f"{device.type} {torch.get_float32_matmul_precision()}"
+        for text, row in found.row.items():
+            ids, mask = (part.to(device) for part in tokenizer([text]))
+            key = {
+                "kind": "sam3 phrase 1",
+                "base": str(network.sam3_base.fingerprint),
+                "tokens": str([ids.tolist(), mask.tolist()]),
+                "numbers": numbers,
+            }
+
+            def compute(ids: Tensor = ids, mask: Tensor = mask) -> Features:
+                return {"features": net.encode_text(network, ids, mask)[0]}
+
+            value = compute() if cache is None else cache.get(key, compute)
+            found.features[row], found.mask[row] = value["features"].to(device), mask[0]
+        return found
+
+    @classmethod
     def without_values(cls, network: Sam3Model, texts: Iterable[str]) -> EncodedPhrases:
         """Zeros on the CPU in their place, for a network on the meta device."""
         blank = cls.__new__(cls)
@@ -78,15 +113,25 @@ def _lots(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 
 def asked(
-    network: Sam3Model, pixels: Tensor, texts: Sequence[str], phrases: EncodedPhrases, masks: bool
+    network: Sam3Model,
+    pixels: Tensor | Features | Unseen,
+    texts: Sequence[str],
+    phrases: EncodedPhrases,
+    masks: bool,
+    frozen: FrozenImages | None = None,
 ) -> Iterator[tuple[Sequence[str], Outputs]]:
     """Ask one image for phrases; gives a few of them with their outputs at a time.
 
     Args:
-        pixels: f32 [3, H, W], at the model's size.
+        pixels: f32 [3, H, W], at the model's size; or what `frozen` gave for it.
     """
-    device = phrases.mask.device
-    features = net.encode_images(network, pixels[None].to(device), masks=masks)
+    if frozen is not None:
+        trunk = frozen.features({"items": [pixels]})["trunk"]
+        features = net.feature_maps(network, trunk, masks=masks)
+    else:
+        assert isinstance(pixels, Tensor)
+        device = phrases.mask.device
+        features = net.encode_images(network, pixels[None].to(device), masks=masks)
     for some in _lots(texts, QUERIES_AT_ONCE):
         rows = phrases.rows(some)
         query = {
@@ -147,15 +192,23 @@ GATED = {
 
 @torch.no_grad()
 def score(
-    network: Sam3Model, records: Iterable[EvalRecord], phrases: EncodedPhrases, masks: bool
+    network: Sam3Model,
+    records: Iterable[EvalRecord],
+    phrases: EncodedPhrases,
+    masks: bool,
+    frozen: FrozenImages | None = None,
 ) -> Scores:
-    """Run the network over pictures, in evaluation mode and under the caller's autocast."""
+    """Run the network over pictures, in evaluation mode and under the caller's autocast.
+
+    Args:
+        frozen: that of `records`, if they have one.
+    """
     scores = Scores(masks)
     for record in records:
         units: list[Unit] = []
         found = []
         first = 0
-        for some, outputs in asked(network, record.pixels, record.phrases, phrases, masks):
+        for some, outputs in asked(network, record.pixels, record.phrases, phrases, masks, frozen):
             part = slice(first, first + len(some))
             first = part.stop
             targets = box_targets(record.truth[part], record.size, phrases.mask.device)
@@ -199,6 +252,7 @@ def false_positives(
     records: Iterable[EvalRecord],
     known: Iterable[str],
     concepts: Sequence[str] = ABSENT,
+    frozen: FrozenImages | None = None,
 ) -> float:
     """Share of (image, absent concept) pairs for which something is found, 0..1.
 
@@ -206,6 +260,7 @@ def false_positives(
         words: phrases with the concepts among them; or what they are encoded with.
         records: of which the first `ABSENT_IMAGES` are asked.
         known: phrases of the data set, which are left out.
+        frozen: that of `records`, if they have one.
     """
     spoken = {phrase.casefold() for phrase in known}
     texts = [text for text in concepts if text.casefold() not in spoken]
@@ -214,6 +269,6 @@ def false_positives(
     for number, record in enumerate(records):
         if number == ABSENT_IMAGES:
             break
-        for _, outputs in asked(network, record.pixels, texts, phrases, masks=False):
+        for _, outputs in asked(network, record.pixels, texts, phrases, False, frozen):
             best += object_scores(outputs).amax(1).tolist()
     return false_positive_rate(best)

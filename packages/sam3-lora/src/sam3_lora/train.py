@@ -50,7 +50,8 @@ MAY_CHANGE = frozenset(
         "training.max_grad_norm", "training.gradient_checkpointing", "training.use_amp",
         "training.amp_dtype", "training.val_epoch_freq", "checkpoint.save_freq",
         "logging.log_steps", "dataset.num_workers", "dataset.follow_links", "overwrite", "device",
-        "tensorboard", "trainer", *(field.name for field in fields(Guards)),
+        "cache_dir", "cache_gb", "tensorboard", "trainer",
+        *(field.name for field in fields(Guards)),
     ]
 )  # fmt: skip
 
@@ -103,6 +104,8 @@ def ready(cfg: Config, *checks: Callable[[], object]) -> None:
     from lora_core.training.arguments import check_device
     from sam3_lora import model
 
+    if cfg.cache_dir:
+        checks = (*checks, partial(preflight.writable, cfg.cache_dir, "--cache_dir"))
     layers = [] if cfg.adapter else [lambda net: model.adapt(net, cfg)]  # whether they exist
     preflight.check_all(
         *checks,
@@ -118,7 +121,7 @@ def fit(cfg: Config, run: EpochRun | None, device: torch.device) -> int:
     from lora_core.distributed import first_rank_decides
     from lora_core.epoch_run import start
     from lora_core.trainer import LoraTrainer
-    from sam3_lora import data, memory, model, network, validation
+    from sam3_lora import data, frozen, memory, model, network, validation
     from sam3_lora.normalisers import counted
     from sam3_lora.predictor import Predictor
     from sam3_lora.scoring import EncodedPhrases
@@ -128,13 +131,16 @@ def fit(cfg: Config, run: EpochRun | None, device: torch.device) -> int:
     number_format = objective.usable_precision(cfg, device)
     net = objective.adapted(model.build(cfg), cfg).to(device)
     words = objective.vocabulary(net, splits, cfg)
-    fixed = objective.encoded(net, words, splits)
-    loss = objective.loss_of(cfg, fixed)
+    cache = frozen.cache_of(cfg)
+    fixed = objective.encoded(net, words, splits, cache)
+    images = frozen.frozen_images(net, cfg, number_format, cache)
+    loss = objective.loss_of(cfg, fixed, images)
 
     def phrases() -> EncodedPhrases:
         return fixed or EncodedPhrases(net, words, objective.texts_of(splits))
 
     evaluate = validation.evaluation(cfg, splits, phrases)
+    splits.use(images)
     largest = partial(memory.largest_batch, splits.train, words)
     cfg = memory.fitted(net, loss, largest, cfg, number_format)
     updates = data.updates_per_epoch(cfg, splits)
@@ -173,7 +179,7 @@ def fit(cfg: Config, run: EpochRun | None, device: torch.device) -> int:
             fingerprints=prints,
             may_change=MAY_CHANGE,
             resume_with=f"sam3-lora train --resume {run.folder}",
-            advice=memory.advice(cfg),
+            advice=memory.advice(cfg, net),
         )
         trainer.train(resume_from_checkpoint=checkpoint_of(run, cfg.resume) if cfg.resume else None)
         if trainer.already_done and run.summary.is_file():

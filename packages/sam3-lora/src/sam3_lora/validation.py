@@ -58,7 +58,7 @@ def evaluation(
     val, masks, first = splits.val, cfg.training.enable_segmentation, best_metric(cfg, splits)
 
     def evaluate(net: Sam3Model) -> dict[str, float]:
-        figures = score(net, val, phrases(), masks).figures()
+        figures = score(net, val, phrases(), masks, val.frozen).figures()
         if first == "loss":  # the smaller the better
             return {"minus_loss": -figures["loss"], **figures}
         return {first: figures[first], **figures}
@@ -96,9 +96,15 @@ def absent_concepts(net: Sam3Model, splits: Splits, phrases: Phrases) -> dict[st
     say(
         f"\nasking {min(len(splits.val), ABSENT_IMAGES)} pictures for {len(ABSENT)} absent concepts"
     )
+
+    def found() -> float:
+        val = splits.val
+        assert val is not None
+        return false_positives(net, phrases(), val, splits.phrases, frozen=val.frozen)
+
     with adapters_off(net):
-        base = false_positives(net, phrases(), splits.val, splits.phrases)
-    rates = {"base": base, "lora": false_positives(net, phrases(), splits.val, splits.phrases)}
+        base = found()
+    rates = {"base": base, "lora": found()}
     say(f"absent concepts found: base {figure(base)}, LoRA {figure(rates['lora'])}")
     if rates["lora"] > base + MAX_RISE:
         say(

@@ -38,7 +38,16 @@ def encode_images(model: Sam3Model, pixel_values: Tensor, *, masks: bool = True)
     Raises:
         ValueError: a side that is no multiple of the patch size.
     """
-    trunk = _trunk(model, pixel_values)  # [I, h, w, width]
+    return feature_maps(model, encode_trunk(model, pixel_values), masks=masks)
+
+
+def feature_maps(model: Sam3Model, trunk: Tensor, *, masks: bool = True) -> Features:
+    """What the neck makes of the transformer's output, with gradient.
+
+    Args:
+        trunk: [I, h, w, width], of `encode_trunk`.
+        masks: as for `encode_images`.
+    """
     height, width = trunk.shape[1:3]
     levels = model.vision_encoder.neck.fpn_layers
     coarse = _level(levels[2], trunk.permute(0, 3, 1, 2))
@@ -85,8 +94,8 @@ def windows(height: int, width: int, side: int, device: torch.device) -> Windows
 # -- transformer ---------------------------------------------------------------------------------
 
 
-def _trunk(model: Sam3Model, pixel_values: Tensor) -> Tensor:
-    """[I, 3, H, W] -> [I, h, w, width].
+def encode_trunk(model: Sam3Model, pixel_values: Tensor) -> Tensor:
+    """The transformer's output of images, [I, 3, H, W] -> [I, h, w, width], with gradient.
 
     Where the windows fill the grid, the tokens stay in the order of the windows from the first
     block to the last: a window block then is a view, and a global block does not mind the order.

@@ -51,6 +51,11 @@ class Lora:
     target_stages: list[int] | None = option(
         None, "s of enc{s} and, without encoder_only, dec{s}; null: all."
     )
+    last_blocks: int | None = option(
+        None,
+        "Of the blocks that the settings above mean, only the last so many in the order in which "
+        "they run: of those before nothing is kept for the backward pass; null: all.",
+    )
     lora_dropout: float = option(0.0, "Dropout on the adapters' input, 0 <= p < 1.")
     prompt_width: int = option(PROMPT_WIDTH, "Largest hidden width of a prompt MLP.")
     bias: Literal["none", "all", "lora_only"] = option(
@@ -74,6 +79,7 @@ class Lora:
             enable_prompt=self.enable_prompt,
             encoder_only=self.encoder_only,
             target_stages=stages,
+            last_blocks=self.last_blocks,
             lora_dropout=self.lora_dropout,
             prompt_width=self.prompt_width,
             seed=seed,
@@ -91,6 +97,11 @@ class Lora:
             yield f"--lora.r is {shown(self.r)}: it must be 1 to 65536"
         if self.lora_alpha is not None and not 0 < self.lora_alpha <= MAX_FLOAT:
             yield f"--lora.lora_alpha is {self.lora_alpha}: it must be a finite number above 0"
+        if self.last_blocks is not None and self.bias == "all":
+            yield (
+                "--lora.last_blocks leaves what runs before these blocks as it is, and --lora.bias "
+                "all trains the biases there: lora_only trains those of adapted layers"
+            )
         if not 0 <= self.lora_dropout < 1:
             yield f"--lora.lora_dropout is {self.lora_dropout}: it must be 0 <= p < 1"
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora_core import dry_run
 from lora_core.report import say
-from scenesplat_lora import data, memory, model, objective, validation
+from scenesplat_lora import data, lora, memory, model, objective, validation
 from scenesplat_lora.config import Config
 
 
@@ -32,6 +32,8 @@ def run(cfg: Config) -> int:
         precisions(cfg),
         memory.disk_use(net, cfg, data.updates_per_epoch(cfg, splits), splits.val is not None),
         cfg.save_path,
+        cfg.device,
+        lora.stack(net),
     )
     return 0
 

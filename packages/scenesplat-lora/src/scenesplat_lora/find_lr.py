@@ -67,6 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
         cfg,
         flag="--optimizer.lr",
-        advice=memory.advice(cfg),
+        advice=memory.advice(cfg, net),
     )
     return 0

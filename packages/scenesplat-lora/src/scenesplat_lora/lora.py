@@ -19,12 +19,20 @@ from torch import Tensor, nn
 from lora_core import injection, merging
 from lora_core.config import Bias, LoraConfig
 from lora_core.errors import ConfigError
+from lora_core.last_blocks import Stack
 from lora_core.module_names import join, only, unwrapped
 from lora_core.report import say
 from scenesplat_lora.adapter_file import ADAPTER
 from scenesplat_lora.adapter_file import load_lora_checkpoint as load_lora_checkpoint
 from scenesplat_lora.adapter_file import save_lora_checkpoint as save_lora_checkpoint
-from scenesplat_lora.names import Layer, adapted_part, chosen_layers, with_lora
+from scenesplat_lora.names import (
+    Layer,
+    adapted_part,
+    blocks_of,
+    chosen_layers,
+    layers_of,
+    with_lora,
+)
 from scenesplat_lora.network import prompt_mlp
 from scenesplat_lora.network.frozen_norms import freeze_statistics, unfreeze_statistics
 from scenesplat_lora.network.models import HEAD, segmentor_in
@@ -142,6 +150,14 @@ def inject_choice(model: Model, choice: LoraChoice, train_head: bool | None = No
         raise
     freeze_statistics(root)
     return model
+
+
+def stack(model: nn.Module) -> Stack:
+    """The blocks with LoRA, the last of which `--lora.last_blocks` adapts."""
+    known = {layer.path for layer in layers_of(model)}
+    return Stack(
+        "--lora.last_blocks", blocks_of(p for p in injection.lora_layers(model) if p in known)
+    )
 
 
 def _trained_head(model: nn.Module, train_head: bool | None) -> list[str]:

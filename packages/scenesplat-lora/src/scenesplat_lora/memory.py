@@ -17,13 +17,20 @@ LISTED = 4  # names of scenes in a message
 ROW_BYTES = 1000  # a line in the CSV and the same figures for TensorBoard
 
 
-def advice(cfg: Config) -> Advice:
-    """What to do when memory runs out with this configuration."""
+def advice(cfg: Config, net: Network | None = None) -> Advice:
+    """What to do when memory runs out with this configuration.
+
+    Args:
+        net: adapted; None: without advice on the number of blocks.
+    """
     from lora_core.training.out_of_memory import Advice
+    from scenesplat_lora import lora
 
     remedies = []
     if cfg.batch_size > 1 and not cfg.auto_batch:
         remedies.append("--auto_batch (smaller batches, as many more accumulation steps)")
+    if net is not None and cfg.lora.last_blocks is None and not cfg.adapter:
+        remedies += lora.stack(net).remedies(net)
     if not cfg.data.train.transform:
         remedies.append(f"--data.point_max {cfg.data.point_max // 2} (smaller parts of scenes)")
     if not cfg.enable_amp and cfg.device != "cpu":
@@ -60,7 +67,7 @@ def fitted(
         cfg.gradient_accumulation_steps,
         precision=precision,
         auto=cfg.auto_batch and not cfg.resume,
-        advice=advice(cfg),
+        advice=advice(cfg, net),
     )
     return replace(cfg, batch_size=batch_size, gradient_accumulation_steps=accumulation)
 

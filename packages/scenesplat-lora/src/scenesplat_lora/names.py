@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,6 +19,7 @@ _LAYER = re.compile(
     r"(?:.+\.)?(?P<part>enc|dec)(?P<stage>\d+)\.block(?P<block>\d+)\."
     r"(?P<name>attn\.qkv|attn\.proj|mlp\.0\.fc1|mlp\.0\.fc2)"
 )
+_BLOCK = re.compile(r".*?\b(?:enc|dec)\d+\.block\d+(?=\.)")
 _START = re.compile(r"(?P<prefix>(?:.+?\.)?)(?:enc\.enc|dec\.dec)\d+\.block\d+\.")
 _ROLE = {name: role for role, names in ROLES.items() for name in names}
 
@@ -62,7 +63,8 @@ def chosen_layers(model: nn.Module, choice: LoraChoice) -> list[Layer]:
     """The layers that a choice means. Stages that are missing are named in a warning.
 
     Raises:
-        ConfigError: none of the stages exists, or the model has no such part.
+        ConfigError: none of the stages exists, the model has no such part, or fewer blocks than
+            `last_blocks`.
     """
     layers = layers_of(model)
     inside = [layer for layer in layers if layer.part in choice.parts]
@@ -75,11 +77,36 @@ def chosen_layers(model: nn.Module, choice: LoraChoice) -> list[Layer]:
         _check_stages(choice.target_stages, inside)
     elif choice.deepest is not None:
         wanted = {key for key in wanted if key[1] in _deepest(inside, key[0], choice.deepest)}
-    return [
+    meant = [
         layer
         for layer in inside
         if (layer.part, layer.stage) in wanted and layer.role in choice.target_modules
     ]
+    return meant if choice.last_blocks is None else _in_last_blocks(meant, choice.last_blocks)
+
+
+def _in_last_blocks(layers: Sequence[Layer], count: int) -> list[Layer]:
+    """The layers in the last so many of the blocks in which there are any."""
+    blocks = blocks_of(layer.path for layer in layers)
+    if count > len(blocks):
+        raise ConfigError(
+            f"last_blocks is {count}: preset, encoder_only and target_stages mean {len(blocks)} "
+            f"blocks (1 to {len(blocks)})"
+        )
+    return [layer for layer in layers if block_of(layer.path) in blocks[-count:]]
+
+
+def blocks_of(paths: Iterable[str]) -> list[str]:
+    """Paths of the blocks in which layers lie, in the order of these: that of module order is the
+    order in which they run."""
+    return list(dict.fromkeys(map(block_of, paths)))
+
+
+def block_of(path: str) -> str:
+    """The path of the block in which a layer of `layers_of` lies."""
+    match = _BLOCK.match(path)
+    assert match is not None
+    return match[0]
 
 
 def _deepest(layers: Iterable[Layer], part: Part, count: int) -> list[int]:

@@ -72,8 +72,9 @@ def loss_of(cfg: Config, needs: Needs) -> Loss:
 
 
 def _distilled(
-    found: list[Term], net: nn.Module, batch: Mapping[str, Any]
+    found: list[Term], net: nn.Module, batch: dict[str, Any]
 ) -> tuple[Tensor, dict[str, Tensor]]:
+    in_float32(batch)
     return losses.distillation_loss(
         net(batch),
         batch["lang_feat"],
@@ -82,6 +83,14 @@ def _distilled(
         found,
         batch["progress"],
     )
+
+
+def in_float32(batch: dict[str, Any]) -> None:
+    """Take the language features, which travel in half precision, to float32, which is exact.
+
+    In their place, so that the batch never holds both while a network runs.
+    """
+    batch["lang_feat"] = batch["lang_feat"].float()
 
 
 def _segmented(

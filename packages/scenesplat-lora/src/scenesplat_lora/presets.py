@@ -31,6 +31,8 @@ class LoraChoice:
         lora_dropout: share of the adapters' input that is dropped in training.
         prompt_width: largest hidden width of a prompt MLP; None: a quarter of its input.
         seed: of the initial values, together with each layer's name.
+        last_blocks: of the blocks that all this means, only the last so many in the order in which
+            they run; None: all.
 
     Raises:
         ConfigError: a value that cannot work.
@@ -46,6 +48,7 @@ class LoraChoice:
     lora_dropout: float = 0.0
     prompt_width: int | None = PROMPT_WIDTH
     seed: int = 0
+    last_blocks: int | None = None
 
     def __post_init__(self) -> None:
         names = self.target_modules
@@ -64,6 +67,9 @@ class LoraChoice:
         width = self.prompt_width
         if width is not None and (not isinstance(width, int) or width < 1):
             raise ConfigError(f"prompt_width is {width!r}: it must be a whole number, 1 or more")
+        last = self.last_blocks
+        if last is not None and (type(last) is not int or last < 1):
+            raise ConfigError(f"last_blocks is {last!r}: it must be a whole number, 1 or more")
 
 
 PRESETS: Mapping[str, LoraChoice] = {

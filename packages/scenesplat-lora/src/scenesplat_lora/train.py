@@ -175,7 +175,7 @@ def fit(cfg: Config, run: EpochRun | None, device: torch.device) -> int:
             fingerprints=prints,
             may_change=MAY_CHANGE,
             resume_with=f"scenesplat-lora train --resume {run.folder}",
-            advice=memory.advice(cfg),
+            advice=memory.advice(cfg, net),
             callbacks=objective.callbacks(cfg),
         )
         trainer.train(resume_from_checkpoint=checkpoint_of(run, cfg.resume) if cfg.resume else None)

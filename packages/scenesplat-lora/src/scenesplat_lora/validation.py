@@ -106,6 +106,7 @@ def _count(table: Confusion, out: Tensor, segment: Tensor, text: TextEmbeddings 
 
 def _loss(out: Tensor, batch: dict[str, Any], terms: Any, needs: Needs) -> Tensor:
     if needs.language:
+        objective.in_float32(batch)
         return distillation_loss(
             out, batch["lang_feat"], batch["valid_feat_mask"], batch["segment"], terms
         )[0]

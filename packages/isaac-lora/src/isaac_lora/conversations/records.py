@@ -16,25 +16,18 @@ A file is a list of records, or one record per line (JSON Lines):
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_core.data_file import (
-    MAX_JSON,
-    is_label,
-    is_whole,
-    keys_once,
-    not_finite,
-    open_regular,
-    read_json_of_many,
-)
+from isaac_lora.conversations.record_file import read_values
+from isaac_lora.json_words import in_json, kind
+from lora_core.data_file import is_label, is_whole, not_finite
 from lora_core.errors import DataError, near, one_line
 from lora_core.pictures.reading import Reading
+from lora_core.report import plural
 from lora_core.settings.types import shown
 
 IMAGE = "<image>"  # where a picture stands, in the turns of a `Conversation`
@@ -98,7 +91,7 @@ def read_conversations(
     """
     path = Path(path)
     reading = Reading(path)
-    values = _values(path)
+    values = read_values(path)
     seen: Counter[str] = Counter()
     for index, value in enumerate(values):
         name = _name(value, index)
@@ -119,73 +112,6 @@ def place_of(path: Path, index: int, name: str) -> str:
     """File and record for messages: "train.json: record 17 ('ex_17')"."""
     record = f"record {index}"
     return f"{one_line(path)}: {record}" + (f" ({shown(name)})" if name != record else "")
-
-
-# -- files -----------------------------------------------------------------------------------------
-
-
-def _values(path: Path) -> list[Any]:
-    """The records of a file, as JSON values.
-
-    Raises:
-        DataError: no such file, not JSON, or not a list.
-    """
-    if _begins_with_object(path):
-        return list(_lines(path))
-    content, _ = read_json_of_many(path)
-    if not isinstance(content, list):
-        raise DataError(
-            f"{one_line(path)}: expected a list of records, or one record per line; it holds "
-            f"{_kind(content)}"
-        )
-    return content
-
-
-def _begins_with_object(path: Path) -> bool:
-    """Whether a file begins with "{", as JSON Lines do."""
-    try:
-        with open_regular(path) as file:
-            return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"
-    except OSError as error:
-        raise DataError(f"{one_line(path)}: cannot be read: {error.strerror}") from None
-
-
-def _lines(path: Path) -> Iterator[Any]:
-    """The values of JSON Lines; empty lines are passed over.
-
-    Raises:
-        DataError: too large, not UTF-8, or a line that is no JSON, with its place.
-    """
-    with open_regular(path) as file:
-        if (length := os.fstat(file.fileno()).st_size) > MAX_JSON:
-            raise DataError(
-                f"{one_line(path)}: {length / 1e9:.1f} GB of JSON are more than "
-                f"{MAX_JSON / 1e9:.1f}: split the data set"
-            )
-        for number, line in enumerate(file, start=1):
-            place = f"{one_line(path)}:{number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError:
-                raise DataError(f"{place}: not UTF-8 text") from None
-            if text.strip():
-                yield _value(text, place)
-
-
-def _value(text: str, place: str) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=keys_once(place))
-    except DataError:  # a ValueError too
-        raise
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{place}:{error.colno}: not JSON: {error.msg}; expected a list of records, or one "
-            "whole record per line"
-        ) from None
-    except RecursionError:
-        raise DataError(f"{place}: nested too deeply") from None
-    except ValueError:  # Python refuses to read integers of thousands of digits
-        raise DataError(f"{place}: holds a number of thousands of digits") from None
 
 
 # -- records ---------------------------------------------------------------------------------------
@@ -212,7 +138,7 @@ def _conversation(
         DataError: all that is wrong with it, a line for each.
     """
     if not isinstance(value, dict):
-        raise DataError(f"expected an object, not {_kind(value)}")
+        raise DataError(f"expected an object, not {kind(value)}")
     problems: list[str] = []
     try:
         if wrong := not_finite(value):
@@ -220,7 +146,7 @@ def _conversation(
     except RecursionError:
         raise DataError("nested too deeply") from None
     if value.get("id") is not None and _id(value) is None:
-        problems.append(f"id is {shown(value['id'])}: expected text or a whole number, or no id")
+        problems.append(f"id is {in_json(value['id'])}: expected text or a whole number, or no id")
     turns = _turns(value, problems)
     if not problems and (wrong := _nothing_said(turns, answered)):
         problems.append(wrong)
@@ -242,7 +168,7 @@ def _turns(value: dict[str, Any], problems: list[str]) -> list[Turn]:
     if not isinstance(given, list) or not given:
         hint = near("conversations", [key for key in value if key not in KNOWN])
         problems.append(
-            ("no conversations" if given is None else f"conversations is {_kind(given)}")
+            ("no conversations" if given is None else f"conversations is {kind(given)}")
             + ": expected a list of turns"
             + (f"; {hint}" if hint and given is None else "")
         )
@@ -271,16 +197,16 @@ def _nothing_said(turns: list[Turn], answered: bool) -> str:
 def _turn(item: Any) -> tuple[Turn | None, str]:
     """A turn, or what is wrong with it."""
     if not isinstance(item, dict):
-        return None, f"expected an object with from and value, not {_kind(item)}"
+        return None, f"expected an object with from and value, not {kind(item)}"
     missing = [key for key in ("from", "value") if key not in item]
     if missing:
         return None, f"has no {' and no '.join(missing)}"
     speaker, text = item["from"], item["value"]
     role = ROLES.get(speaker.strip().lower()) if isinstance(speaker, str) else None
     if role is None:
-        return None, f"from is {shown(speaker)}: expected one of {', '.join(ROLES)}"
+        return None, f"from is {in_json(speaker)}: expected one of {', '.join(ROLES)}"
     if not isinstance(text, str):
-        return None, f"value is {_kind(text)}: expected text"
+        return None, f"value is {kind(text)}: expected text"
     if not is_label(text):
         return None, "value holds half of a character (a surrogate), which no text can hold"
     if role != "assistant":
@@ -331,19 +257,10 @@ def _miscounted(markers: int, images: int, value: dict[str, Any]) -> str:
         guess = near("image", [key for key in value if key not in KNOWN])
         hint = f"; {guess}" if guess else "; name its file in image"
     return (
-        f"{markers} {IMAGE} marker{'' if markers == 1 else 's'} in the turns, but {images} "
-        f"image{'' if images == 1 else 's'}: expected equal numbers{hint}"
+        f"{plural(markers, f'{IMAGE} marker')} in the turns, but {plural(images, 'image')}: "
+        f"expected equal numbers{hint}"
     )
 
 
-def _kind(value: Any) -> str:
-    """What a JSON value is, for a message."""
-    if value is None or isinstance(value, bool | int | float):
-        return shown(value)
-    if isinstance(value, list):
-        return "an empty list" if not value else "a list"
-    return "an object" if isinstance(value, dict) else "text"
-
-
 def _said(value: Any) -> str:
-    return "empty" if isinstance(value, str) else _kind(value)
+    return "empty" if isinstance(value, str) else kind(value)

@@ -113,9 +113,8 @@ def with_pictures(
         raise DataError("a picture's size is not what it was when it was checked: start again")
     width = 3 * rules.patch_size**2
     patches = [p for p, _ in made] or [torch.empty(0, width)]
-    return replace(
-        sample, patches=torch.cat(patches), pictures=tuple(pictures) if keep_pictures else ()
-    )
+    joined = torch.cat(patches) if len(patches) > 1 else patches[0]
+    return replace(sample, patches=joined, pictures=tuple(pictures) if keep_pictures else ())
 
 
 # -- records ---------------------------------------------------------------------------------------

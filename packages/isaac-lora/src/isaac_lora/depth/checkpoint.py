@@ -18,6 +18,7 @@ from torch import Tensor
 
 from isaac_lora.depth.checkpoint_names import current_name, from_original, original_name
 from isaac_lora.depth.variants import CUSTOM, VARIANTS, name_of, settings_of
+from isaac_lora.json_words import in_json
 from lora_core import base_file, preflight
 from lora_core.errors import CheckpointError, one_line
 from lora_core.tensor_file import read_safetensors, read_torch
@@ -204,12 +205,12 @@ def _of_folder(folder: Path) -> DepthCheckpoint:
     if settings.get("model_type") != "depth_anything" or kind != "dinov2":
         raise CheckpointError(
             f"{path}: expected model_type 'depth_anything' with a 'dinov2' backbone, found "
-            f"{settings.get('model_type')!r} with {kind!r}"
+            f"{in_json(settings.get('model_type'))} with {in_json(kind)}"
         )
     if settings.get("depth_estimation_type", "relative") != "relative":
         raise CheckpointError(
-            f"{path}: depth_estimation_type is {settings['depth_estimation_type']!r}: expected "
-            "'relative', whose depth grows with nearness"
+            f"{path}: depth_estimation_type is {in_json(settings['depth_estimation_type'])}: "
+            "expected 'relative', whose depth grows with nearness"
         )
     patch = _patch(path, settings)
     return DepthCheckpoint(folder, name_of(settings), _architecture(settings), patch)
@@ -245,8 +246,8 @@ def _patch(path: Path, settings: Mapping[str, Any]) -> int:
     )
     if type(encoder) is not int or encoder != head or encoder < 1:
         raise CheckpointError(
-            f"{path}: patch_size {head!r} and backbone_config.patch_size {encoder!r}: expected the "
-            "same whole number of pixels"
+            f"{path}: patch_size {in_json(head)} and backbone_config.patch_size "
+            f"{in_json(encoder)}: expected the same whole number of pixels"
         )
     return encoder
 

@@ -27,6 +27,7 @@ from isaac_lora.depth.settings import ALPHA, INPUT_SIZE, DepthSettings, setting_
 from lora_core.cache import fingerprint
 from lora_core.errors import CheckpointError, ConfigError, NumericError, listing
 from lora_core.merged_file import exact
+from lora_core.report import plural
 
 EPS = 1e-9  # keeps a constant map from 0/0
 OFFSET = 0.1  # patches; the original adds it to the size that the position table is resized to
@@ -162,5 +163,7 @@ def _network(checkpoint: DepthCheckpoint, tensors: dict[str, Tensor]) -> nn.Modu
     network.load_state_dict(tensors, strict=True, assign=True)
     left = [name for name, tensor in network.state_dict().items() if tensor.is_meta]
     if left or any(buffer.is_meta for buffer in network.buffers()):
-        raise CheckpointError(f"{checkpoint.path}: {len(left)} tensors were left without values")
+        raise CheckpointError(
+            f"{checkpoint.path}: {plural(len(left), 'tensor')} left without values"
+        )
     return network.eval().requires_grad_(False)

@@ -5,6 +5,7 @@ Stock PEFT does not look at this file. `check_adapter` compares it with how the 
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from isaac_lora.depth.variants import NATIVE_SIZE, PATCH
+from isaac_lora.json_words import in_json
 from lora_core.errors import CheckpointError, ConfigError, listing, near, one_line
 
 FILE = "depth.json"
@@ -29,6 +31,7 @@ _KEYS: dict[str, tuple[type, ...]] = {
     "depth_alpha": (int, float),
     "depth_input_size": (int,),
 }
+_WORDS = {(int,): "a whole number", (str,): "text", (int, float): "a number"}
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def read_depth_settings(folder: Path) -> DepthSettings | None:
     from lora_core.base_file import read_settings  # imports torch
 
     path = folder / FILE
-    if not path.exists() and not path.is_symlink():  # a broken link is an error, not "no depth"
+    if not os.path.lexists(path):  # a broken link is an error, not "no depth"
         return None
     content = read_settings(path)
     version = content.get("format")
@@ -143,8 +146,8 @@ def _problems(content: Mapping[str, Any]) -> list[str]:
             hint = near(name, _KEYS)
             problems.append(f"unknown entry {one_line(name)!r}{hint and '; ' + hint}")
         elif type(value) not in _KEYS[name]:  # a bool is no number here
-            wanted = " or ".join(kind.__name__ for kind in _KEYS[name])
-            problems.append(f"{name}: expected {wanted}, found {type(value).__name__}")
+            wanted = _WORDS[_KEYS[name]]
+            problems.append(f"{name}: expected {wanted}, found {in_json(value)}")
     if problems:
         return problems
     if content["format"] != FORMAT:

@@ -27,6 +27,7 @@ from isaac_lora.depth.settings import (
 from isaac_lora.network.configuration import IsaacConfig
 from lora_core.base_file import read_settings
 from lora_core.errors import ConfigError, DataError, listing
+from lora_core.report import plural
 
 ARGUMENTS = ("use_depth", "depth_checkpoint_path", "depth_alpha", "depth_input_size")
 
@@ -153,8 +154,9 @@ def encoding_of_pictures(
     """
     if len(pictures) != len(grids):
         raise DataError(
-            f"{len(pictures)} `pictures` for the depth of {len(grids)} images in `grids`; give "
-            "the picture of every image, in the same order"
+            f"`pictures` has {plural(len(pictures), 'picture')} for the depth of the "
+            f"{plural(len(grids), 'image')} of `grids`; give the picture of every "
+            "image, in the same order"
         )
     return depth_encoding_of(
         pictures,

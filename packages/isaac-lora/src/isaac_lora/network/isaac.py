@@ -12,6 +12,7 @@ with the images in the order of their places, batch row after batch row.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from transformers.utils.generic import can_return_tuple
 
 from isaac_lora.depth.depth_cache import DepthGrids
 from isaac_lora.depth.settings import DepthSettings, write_depth_settings
+from isaac_lora.json_words import in_json
 from isaac_lora.network.configuration import IsaacConfig
 from isaac_lora.network.depth_input import (
     check_folder,
@@ -35,9 +37,10 @@ from isaac_lora.network.generation import IsaacGenerationMixin
 from isaac_lora.network.isaac_model import IsaacModel as IsaacModel
 from isaac_lora.network.isaac_model import IsaacPreTrainedModel
 from isaac_lora.network.token_loss import token_loss
-from lora_core.base_file import some
+from lora_core.base_file import read_settings, some
 from lora_core.errors import CheckpointError, DataError
 
+ADAPTER_SETTINGS = "adapter_config.json"
 ITS_DEPTH = "model.depth_model."
 
 
@@ -54,6 +57,22 @@ def _refuse_misfit(place: str, info: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{place}: the tensors are not those of an Isaac with this config.json: "
             f"{'; '.join(problems)}. Copy the folder again, or give the one that was meant"
+        )
+
+
+def _refuse_other_base(folder: Path) -> None:
+    """Refuse the folder of an adapter whose base is not on this disk.
+
+    transformers loads what `adapter_config.json` names, from the network too: nobody asked for it.
+    """
+    if os.path.exists(folder / "config.json") or not os.path.isfile(folder / ADAPTER_SETTINGS):
+        return
+    base = read_settings(folder / ADAPTER_SETTINGS).get("base_model_name_or_path")
+    if not (isinstance(base, str) and os.path.isdir(base)):
+        raise CheckpointError(
+            f"{folder} is the folder of an adapter, whose base ({ADAPTER_SETTINGS}: "
+            f"{in_json(base)}) is no folder on this disk, and nothing is fetched: load the base "
+            "with from_pretrained, and the adapter with its load_adapter"
         )
 
 
@@ -96,7 +115,8 @@ class IsaacForConditionalGeneration(IsaacPreTrainedModel, IsaacGenerationMixin):
             ConfigError: depth is wanted and no checkpoint given, or impossible settings.
             CheckpointError: tensors are missing or left over, where transformers would draw or
                 drop them; the depth checkpoint is missing, damaged, or of another model; or it
-                is not the depth that the folder's adapter was trained with.
+                is not the depth that the folder's adapter was trained with; or the folder is
+                that of an adapter whose base is not on this disk.
         """
         folder = local_folder(args[0] if args else kwargs.get("pretrained_model_name_or_path"))
         asked = {
@@ -106,6 +126,8 @@ class IsaacForConditionalGeneration(IsaacPreTrainedModel, IsaacGenerationMixin):
             "depth_input_size": depth_input_size,
         }
         changes, depths = planned_depth(folder, kwargs.get("config"), asked)
+        if folder is not None:
+            _refuse_other_base(folder)
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         _refuse_misfit(model.name_or_path, info)

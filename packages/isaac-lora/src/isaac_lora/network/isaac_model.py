@@ -21,6 +21,7 @@ from isaac_lora.network.configuration import IsaacConfig
 from isaac_lora.network.positions import document_positions, mrope_position_ids, rotary_cos_sin
 from isaac_lora.network.vision import IsaacVisionTransformer
 from lora_core.errors import ConfigError, DataError
+from lora_core.report import plural
 
 
 class IsaacPreTrainedModel(PreTrainedModel):
@@ -198,7 +199,8 @@ class IsaacModel(IsaacPreTrainedModel):
         places = int(image_mask.sum())
         if places != len(tokens):
             raise DataError(
-                f"image_mask has {places} image places, but the images give {len(tokens)} tokens"
+                f"image_mask has {plural(places, 'image place')}, but the images give "
+                f"{plural(len(tokens), 'token')}"
             )
         return inputs_embeds.masked_scatter(
             image_mask.bool()[..., None], tokens.to(inputs_embeds.dtype)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_core.errors import DataError
+from lora_core.report import plural
 
 
 def mrope_position_ids(
@@ -77,8 +78,9 @@ def _image_places(
 def _check_number(places: int, tokens: int, images: int) -> None:
     if places != tokens:
         raise DataError(
-            f"image_mask has {places} image places, but the {images} images of `grids` have "
-            f"{tokens} tokens after the pixel shuffle; make both from the same samples"
+            f"image_mask has {plural(places, 'image place')}, but `grids` is of "
+            f"{plural(images, 'image')} with {plural(tokens, 'token')} after the pixel shuffle; "
+            "make both from the same samples"
         )
 
 

@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from isaac_lora.network.configuration import IsaacVisionConfig
 from lora_core.errors import DataError
+from lora_core.report import plural
 
 Grid = tuple[int, int]  # rows and columns of patches
 
@@ -164,8 +165,9 @@ def _check_grids(patches: int, grids: list[Grid], scale: int) -> None:
     total = sum(rows * columns for rows, columns in grids)
     if total != patches:
         raise DataError(
-            f"`patches` has {patches} rows, but the {len(grids)} images of `grids` have {total} "
-            "patches together; make both from the same images"
+            f"`patches` has {plural(patches, 'row')}, but `grids` is of "
+            f"{plural(len(grids), 'image')} with {total} patches together; make both "
+            "from the same images"
         )
     odd = [grid for grid in grids if grid[0] % scale or grid[1] % scale]
     if odd:

@@ -139,14 +139,14 @@ def rgb_of(picture: Picture, name: str = "image") -> NDArray[np.uint8]:
         DataError: other values or shapes.
     """
     picture = _of_array(picture, name) if not isinstance(picture, Image.Image) else picture
-    picture = ImageOps.exif_transpose(picture)
+    picture = _upright(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
         picture = Image.fromarray(_to_8_bit(np.asarray(picture), name))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture)
-    return np.array(picture.convert("RGB"))
+    return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
 
 
 def _of_array(values: NDArray, name: str) -> Image.Image:
@@ -183,7 +183,7 @@ def read_mask(path: Path) -> NDArray[np.integer]:
         DataError: as `read_image`; colours, transparency or fractions, whose meaning nobody said.
     """
     with open_picture(path) as opened:
-        picture = ImageOps.exif_transpose(opened)
+        picture = _upright(opened)
         if picture.mode == "P" and _black_and_white(picture):
             picture = picture.convert("L")
         values = np.array(picture)
@@ -238,6 +238,12 @@ def orientation(picture: Image.Image) -> int:
     exif = Image.Image.getexif(picture) if _ends_with_pixels(picture) else picture.getexif()
     value = exif.get(ExifTags.Base.Orientation, 1)
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """The picture by its EXIF orientation; itself, where PIL would copy what is upright."""
+    picture.load()  # some formats know mode and orientation only then
+    return picture if orientation(picture) == 1 else ImageOps.exif_transpose(picture)
 
 
 def _ends_with_pixels(picture: Image.Image) -> bool:

@@ -28,6 +28,7 @@ SET_BY_US = {
     "logging_steps": "the command has its own setting for it",
     "eval_steps": "the command has its own setting for it",
     "dataloader_num_workers": "the command has its own setting for it",
+    "dataloader_persistent_workers": "workers always live through all epochs",
     "bf16": "use the command's precision setting",
     "fp16": "use the command's precision setting",
     "use_cpu": "use the command's device setting",
@@ -51,7 +52,6 @@ REFUSED = {
     "compute_loss_func": "the loss is the package's",
     "data_seed": "the order of the data follows the seed",
     "ddp_backend": "it is nccl on CUDA and gloo on the CPU",
-    "dataloader_persistent_workers": "the workers would keep the first epoch's augmentation",
     "deepspeed": "ZeRO-3 empties the weights that adapters read, and stages 1 and 2 save little of "
     "an adapter's few parameters: use torchrun, with --shard_base true for a large base",
     "do_eval": "it has no effect",

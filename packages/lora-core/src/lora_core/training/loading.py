@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from lora_core.errors import DataError, UserError, one_line
 
@@ -64,6 +65,62 @@ class EpochDataset(Dataset[T], Generic[R, T]):
         return len(self.records)
 
 
+# -- batches ---------------------------------------------------------------------------------------
+
+
+class EpochLoader(DataLoader[Any]):
+    """A DataLoader whose workers may live through all epochs.
+
+    The iterator of an epoch draws a number from torch's generator where workers are started. Drawn
+    in every epoch, it leaves all later random numbers, such as dropout, where they are with other
+    workers, without any, and in a resumed run.
+    """
+
+    def __iter__(self) -> Any:
+        if getattr(self, "_iterator", None) is not None:
+            torch.empty((), dtype=torch.int64).random_()
+        return super().__iter__()
+
+
+def data_loader(
+    samples: Watched,
+    batches: Sampler[list[int]] | Iterable[list[int]],
+    collate: Callable[[list[Any]], Any],
+    *,
+    workers: int = 0,
+    pin_memory: bool = False,
+    prefetch: int | None = None,
+    start_method: str | None = None,
+    worker_init: Callable[[int], None] | None = None,
+) -> EpochLoader:
+    """The batches of an epoch, each time it is iterated over, after `samples.set_epoch`.
+
+    Workers are started once: that takes a good part of a second, and with the start methods that
+    import everything anew some seconds. Each computes with one thread.
+
+    Args:
+        batches: indices of each batch of an epoch, asked for when it begins.
+        workers: processes that make batches; 0: this one does.
+        pin_memory: give batches in memory that a GPU copies from while it computes.
+        prefetch: batches that each worker has ready; None: 2.
+        start_method: fork, spawn or forkserver; None: fork where it is safe to, on Linux.
+        worker_init: called as `(number)` in each worker.
+    """
+    if workers and start_method is None and sys.platform == "linux":
+        start_method = "fork"  # what Python 3.14 takes instead imports everything in every worker
+    return EpochLoader(
+        samples,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        prefetch_factor=prefetch,
+        multiprocessing_context=start_method,
+        worker_init_fn=worker_init,
+        persistent_workers=workers > 0,
+    )
+
+
 # -- data that was good when the run began ---------------------------------------------------------
 
 
@@ -91,14 +148,18 @@ def retried(read: Callable[[], T], pauses: Sequence[float] | None = None) -> T:
 class Watched(Dataset[Any]):
     """A data set that notes which sample each process is loading, to name it if one dies.
 
+    What `set_epoch` says in the main process is said to the workers' copies of the data set too.
+
     Args:
         samples: the data set; its `name_of(index)`, if any, gives a sample's name.
     """
 
     def __init__(self, samples: Any) -> None:
         self.samples = samples
-        # Shared with the workers: (process id, index of the sample) of each.
+        # Shared with the workers: (process id, index of the sample) of each, and the epoch.
         self.at = torch.full((MOST_WORKERS, 2), -1, dtype=torch.int64).share_memory_()
+        self._epoch = torch.full((), -1, dtype=torch.int64).share_memory_()
+        self._told = -1  # the epoch that this process' copy of the data set knows of
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -107,11 +168,19 @@ class Watched(Dataset[Any]):
         worker = get_worker_info()
         if worker is not None:
             self.at[worker.id % MOST_WORKERS] = torch.tensor([os.getpid(), index])
+            if self._told != int(self._epoch):
+                self._tell()
         return self.samples[index]
 
     def set_epoch(self, epoch: int) -> None:
+        """Tell the data set, here and in all workers; none of them may be loading samples."""
+        self._epoch.fill_(epoch)
+        self._tell()
+
+    def _tell(self) -> None:
+        self._told = int(self._epoch)
         if hasattr(self.samples, "set_epoch"):
-            self.samples.set_epoch(epoch)
+            self.samples.set_epoch(self._told)
 
     def name_at(self, process: int) -> str:
         """The sample that a worker noted last, or "" if it noted none."""

@@ -184,16 +184,24 @@ def pixel_values(picture: NDArray[np.uint8], settings: PictureSettings) -> NDArr
     values = np.moveaxis(picture, -1, 0)
     if settings.do_center_crop:
         values = center_crop(values, settings.output(height, width))
-    numbers = values.astype(np.float32)
+    numbers = np.empty(values.shape, dtype=np.float32)
+    for channel, levels, table in zip(numbers, values, _tables(settings), strict=True):
+        np.take(table, levels, out=channel, mode="clip")
+    return numbers
+
+
+def _tables(settings: PictureSettings) -> NDArray[np.float32]:
+    """What each of the 256 levels becomes in each channel, float32 [3, 256]."""
+    levels = np.arange(256, dtype=np.float32)
     if settings.do_rescale:  # in float64, then rounded once, as transformers does
-        numbers = (values.astype(np.float64) * settings.rescale_factor).astype(np.float32)
+        levels = (np.arange(256, dtype=np.float64) * settings.rescale_factor).astype(np.float32)
+    tables = np.stack([levels] * 3)
     if settings.do_normalize:
         mean, std = (
-            np.array(n, np.float32)[:, None, None]
-            for n in (settings.image_mean, settings.image_std)
+            np.array(n, np.float32)[:, None] for n in (settings.image_mean, settings.image_std)
         )
-        numbers = (numbers - mean) / std
-    return np.ascontiguousarray(numbers)
+        tables = (tables - mean) / std
+    return tables
 
 
 def mask_values(mask: NDArray[np.uint8], settings: PictureSettings) -> NDArray[np.float32]:
@@ -218,5 +226,6 @@ def center_crop(values: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.
             pads[axis] = (before, new - old - before)
             values = np.pad(values, pads)
         start = (values.shape[axis] - new) // 2
-        values = values.take(range(start, start + new), axis)
+        middle = slice(start, start + new)
+        values = values[..., middle] if axis == -1 else values[..., middle, :]
     return values

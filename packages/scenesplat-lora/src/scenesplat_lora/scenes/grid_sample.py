@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_core.errors import ConfigError, DataError
-from scenesplat_lora.scenes.scene import Scene, place, take_rows
+from scenesplat_lora.scenes.scene import Scene, highest, lowest, place, take_rows
 
 FNV_OFFSET, FNV_PRIME = np.uint64(14695981039346656037), np.uint64(1099511628211)
 MOST_CELLS = 2**16  # per axis: the codes of space-filling curves have 16 bits of each coordinate
@@ -72,7 +72,7 @@ def integer_cells(coord: NDArray[np.floating], size: float) -> tuple[Rows, NDArr
     if not (np.abs(cells) < FARTHEST).all():
         raise DataError("coord holds NaN, infinite or astronomical values: no cells to count")
     grid = cells.astype(np.int64)
-    low = grid.min(axis=0)
+    low = lowest(grid)
     return grid - low, low * size
 
 
@@ -90,7 +90,7 @@ def ravel_key(grid: Rows) -> NDArray[np.uint64]:
     Raises:
         DataError: a grid of 2^64 cells or more, whose numbers would repeat.
     """
-    extent = [int(side) + 1 for side in grid.max(axis=0)]
+    extent = [int(side) + 1 for side in highest(grid)]
     if math.prod(extent) >= 2**64:
         raise DataError(f"a grid of {extent} cells has no 64-bit numbers: take the hash 'fnv'")
     x, y, z = grid.astype(np.uint64).T
@@ -113,7 +113,8 @@ def voxelise(coord: NDArray[np.floating], size: float, hash: Hash = "fnv") -> Vo
 def _changes(rows: NDArray[np.generic]) -> NDArray[np.bool_]:
     """Whether each row differs from the one before; the first does."""
     differs = rows[1:] != rows[:-1]
-    differs = differs.any(axis=1) if differs.ndim == 2 else differs
+    if differs.ndim == 2:  # faster than any(axis=1) where columns are few
+        differs = np.logical_or.reduce([*differs.T])
     return np.concatenate([[True], differs])
 
 

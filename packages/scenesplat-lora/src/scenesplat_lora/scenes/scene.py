@@ -59,6 +59,19 @@ def take_rows(scene: Scene, rows: NDArray[Any]) -> Scene:
     return scene | {name: scene[name][rows] for name in row_wise(scene)}
 
 
+def lowest(values: NDArray[Any]) -> NDArray[Any]:
+    """The least value of each column of [N, C]; [C].
+
+    As `values.min(axis=0)`, which takes 20 times as long where C is 3.
+    """
+    return np.array([column.min() for column in values.T], dtype=values.dtype)
+
+
+def highest(values: NDArray[Any]) -> NDArray[Any]:
+    """The largest value of each column of [N, C]; [C]."""
+    return np.array([column.max() for column in values.T], dtype=values.dtype)
+
+
 def place(scene: Scene) -> str:
     """The scene's name for messages."""
     return str(scene.get("name", "scene"))

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_core.errors import DataError
+from scenesplat_lora.scenes.scene import highest, lowest
 
 Array = NDArray[Any]
 FAR = 1e4  # metres; float32 has steps of 1 mm there, a twentieth of a voxel
@@ -59,8 +60,9 @@ def _floats(array: Array, width: int) -> NDArray[np.float32]:
         raise DataError("truth values, expected numbers")
     with np.errstate(over="ignore"):
         values = np.ascontiguousarray(array.reshape(-1, width), dtype=np.float32)
-    wrong = int((~np.isfinite(values)).any(axis=1).sum())
-    if wrong:
+    finite = np.isfinite(values)
+    if not finite.all():
+        wrong = int((~finite).any(axis=1).sum())
         raise DataError(f"{wrong} of {len(values)} rows hold NaN or infinity")
     return values
 
@@ -74,7 +76,7 @@ def recentred(arrays: dict[str, Array], notes: list[str]) -> dict[str, Array]:
     coord = arrays.get("coord")
     if coord is None or coord.shape[1:] != (3,) or coord.dtype.kind not in "iuf" or not len(coord):
         return arrays
-    box = np.array([coord.min(axis=0), coord.max(axis=0)], dtype=np.float64)
+    box = np.array([lowest(coord), highest(coord)], dtype=np.float64)
     if not FAR < np.abs(box).max() < BEYOND:  # not with NaN either
         return arrays
     origin = np.round(box.mean(axis=0))
@@ -121,7 +123,8 @@ def _scale(array: Array, layout: Layout, notes: list[str]) -> Array:
             f"are these logarithms? apply exp"
         )
     metres = values / layout.unit
-    cut = int((metres > layout.scales[1]).any(axis=1).sum())
+    large = metres > layout.scales[1]
+    cut = int(large.any(axis=1).sum()) if large.any() else 0
     if cut > HUGE * len(metres):
         notes.append(
             f"scales above {layout.scales[1]:g} m were cut, are they metres?: {cut} of "

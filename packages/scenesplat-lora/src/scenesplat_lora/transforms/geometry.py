@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_core.errors import ConfigError
-from scenesplat_lora.scenes.scene import Scene
+from scenesplat_lora.scenes.scene import Scene, highest, lowest
 
 Array = NDArray[Any]
 Axis = Literal["x", "y", "z"]
@@ -31,7 +31,7 @@ def _move(scene: Scene, move: Callable[[Array], Array]) -> Scene:
 
 def box_centre(coord: Array) -> NDArray[np.float64]:
     """Centre of the bounding box of coord [N, 3], f64 [3]."""
-    return (coord.min(axis=0).astype(np.float64) + coord.max(axis=0)) / 2
+    return (lowest(coord).astype(np.float64) + highest(coord)) / 2
 
 
 # -- shifts and scales -----------------------------------------------------------------------------
@@ -46,7 +46,7 @@ def center_shift(scene: Scene, rng: np.random.Generator, *, apply_z: bool = True
 
 def positive_shift(scene: Scene, rng: np.random.Generator) -> Scene:
     """Move the lowest corner of the bounding box to the origin."""
-    low = scene["coord"].min(axis=0)
+    low = lowest(scene["coord"])
     return _move(scene, lambda coord: coord - low)
 
 
@@ -209,9 +209,10 @@ def distort(
     Raises:
         ConfigError: a scene too large for a noise grid this fine.
     """
-    low = coord.min(axis=0)
-    nodes = _nodes(coord.max(axis=0) - low, granularity)
-    problem = too_many_nodes(coord.max(axis=0) - low, granularity)
+    low = lowest(coord)
+    sides = highest(coord) - low
+    nodes = _nodes(sides, granularity)
+    problem = too_many_nodes(sides, granularity)
     if problem:
         raise ConfigError(problem)
     noise = rng.standard_normal((*nodes, 3), dtype=np.float32)
@@ -250,10 +251,16 @@ def trilinear(values: Array, at: Array) -> Array:
     """`values` [X, Y, Z, C] between its nodes, at positions [N, 3] in units of nodes; [N, C]."""
     last = np.array(values.shape[:3]) - 2
     node = np.clip(np.floor(at).astype(np.int64), 0, last)
-    share = (at - node).astype(values.dtype)
-    total = np.zeros((len(at), values.shape[3]), dtype=values.dtype)
+    share = np.ascontiguousarray((at - node).astype(values.dtype).T)
+    weights = (1 - share, share)  # [3, N] of the lower and of the upper node along each axis
+    # Nodes by one number each, a channel at a time: some times as fast as values[i, j, k].
+    steps = (values.shape[1] * values.shape[2], values.shape[2], 1)
+    first = node @ np.array(steps)
+    channels = np.ascontiguousarray(np.moveaxis(values, -1, 0)).reshape(values.shape[3], -1)
+    total = np.zeros((values.shape[3], len(at)), dtype=values.dtype)
     for corner in np.ndindex(2, 2, 2):
-        weight = np.where(corner, share, 1 - share).prod(axis=1)
-        i, j, k = (node + corner).T
-        total += weight[:, None] * values[i, j, k]
-    return total
+        weight = weights[corner[0]][0] * weights[corner[1]][1] * weights[corner[2]][2]
+        number = first + np.dot(corner, steps)
+        for channel, values_here in zip(total, channels, strict=True):
+            channel += weight * values_here[number]
+    return np.ascontiguousarray(total.T)
