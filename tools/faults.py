@@ -24,7 +24,7 @@ GROUPS = {
     "D": ("Pictures and annotations", 49, set()),
     "P": ("Files on disk", 45, set()),
     "K": ("Checkpoints, adapters, merging, resuming", 60, set()),
-    "R": ("Numbers, memory, processes", 49, {45}),
+    "R": ("Numbers, memory, processes", 49, set()),
     "H": ("Hostile or untrusted input", 48, set()),
 }
 

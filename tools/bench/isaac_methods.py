@@ -14,6 +14,7 @@ from isaac_lora import lora
 from isaac_lora.batches import Batch
 from isaac_lora.conversations.samples import IGNORED
 from isaac_lora.lora_choice import LoraChoice
+from isaac_lora.model import checkpoint_activations
 from isaac_lora.network.configuration import IsaacConfig
 from isaac_lora.network.isaac import IsaacForConditionalGeneration
 
@@ -104,7 +105,7 @@ def skeleton(case: Case) -> IsaacForConditionalGeneration:
         model = IsaacForConditionalGeneration(configuration(case))
     model = model.to(case.dtype).requires_grad_(False)
     if case.checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     return model
 
 

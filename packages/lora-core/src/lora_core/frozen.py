@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from lora_core.cache import ADAPTER_PARTS, FeatureCache, fingerprint
 
@@ -61,7 +62,8 @@ def inputs(items: Sequence[Tensor | Features | Unseen]) -> dict[str, Any]:
     """
     pixels = [item for item in items if isinstance(item, Tensor)]
     if len(pixels) == len(items):
-        return {"pixel_values": torch.stack(pixels)}
+        # In a data loader's worker it stacks into the memory that travels, which `stack` does not.
+        return {"pixel_values": default_collate(pixels)}
     return {"items": list(items)}
 
 
