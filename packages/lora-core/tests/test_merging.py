@@ -3,12 +3,14 @@
 import copy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from lora_core import merging
 from lora_core.adapters.file import load_adapter
 from lora_core.config import LoraConfig, Slices
 from lora_core.errors import CheckpointError, ConfigError, NumericError
@@ -513,3 +515,26 @@ def test_public_names_are_functions_whatever_was_imported_before():
         "assert callable(merge) and callable(inject)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_merged_alike_in_blocks_of_any_size_and_in_any_layout(dtype, monkeypatch):
+    found = []
+    for size in (1 << 15, 7):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 20, dtype=dtype), nn.Linear(20, 12, dtype=dtype))
+        model[1].weight = nn.Parameter(model[1].weight.detach().t().contiguous().t())
+        assert not model[1].weight.is_contiguous()
+        inject(model, LoraConfig(["0", "1"], r=3))
+        for layer in model:
+            nn.init.normal_(layer.lora_B["default"].weight)
+        expected = [layer.lora_merged_weights()["weight"].to(dtype) for layer in model]
+        monkeypatch.setattr(merging, "CPU_BLOCK", size)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what bf16 rounds away
+            report = merge(model)
+        for layer, weight in zip(model, expected, strict=True):
+            assert torch.equal(layer.weight, weight)
+        found.append((report.unchanged, *report.noise.values()))
+    assert found[0] == pytest.approx(found[1])
+    assert (found[0][1] == 0) == (dtype == torch.float32)

@@ -303,7 +303,8 @@ class LoraLayer(nn.Module):
                         f"adapter {adapter!r} has a bias on B and the base layer has no {name} "
                         "that could take it: this adapter works unmerged only"
                     )
-                merged[name] = start.detach().to(dtype) + c * change.to(start.device)
+                start, change = start.detach().to(dtype), change.to(start.device)
+                merged[name] = start + (change if c == 1 else c * change)
         return merged
 
     def _lora_change(

@@ -7,9 +7,11 @@ restores a kept copy instead of subtracting. A weight that no adapter changes ke
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,8 @@ from lora_core.state_keys import changed_names, keys_of_weights, own_state, refu
 
 NOISE_LIMIT = 0.1  # share of the adapters' effect that rounding may take without a warning
 UNCHANGED_LIMIT = 0.01  # share of the values that should change and may stay, without a warning
+# Elements of a weight that are looked at at once, on the CPU and elsewhere.
+CPU_BLOCK, DEVICE_BLOCK = 1 << 15, 1 << 25
 # How much of a probe's largest output merging may change: some roundings of the weights' dtype.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -286,27 +290,45 @@ def _merged(
     `base` has the W by parameter name.
     """
     exact = layer.lora_merged_weights(list(adapters), dtype, base)
-    found: dict[str, _Rounded] = {}
-    for name, value in exact.items():
-        W = base[name].detach()
-        before = W.to(value.device, dtype)
-        rounded = value.to(W.dtype)
-        _check_finite(join(path, name), before, value, rounded)
-        effect = (value - before).double().norm().item()
-        error = (rounded.to(dtype) - value).double().norm().item()
+    return {
+        name: _rounded(join(path, name), base[name].detach(), value)
+        for name, value in exact.items()
+    }
+
+
+def _rounded(key: str, W: Tensor, exact: Tensor) -> _Rounded:
+    """The exact sum, which is written to, in W's dtype, and what rounding took of its effect."""
+    W, exact = W.to(exact.device), exact.contiguous()
+    merged = exact if exact.dtype == W.dtype else torch.empty_like(exact, dtype=W.dtype)
+    effect = error = 0.0
+    touched = unchanged = 0
+    # Some ten passes: in blocks they stay in the processor's cache.
+    size = CPU_BLOCK if exact.device.type == "cpu" else DEVICE_BLOCK
+    parts = (t.reshape(-1).split(size) for t in (W, exact, merged))
+    for old, value, new in zip(*parts, strict=True):  # elements of W, of the sum, of the result
+        before, rounded = old.to(value.dtype), value.to(old.dtype)
         same = value == before
+        touched += same.numel() - int(same.sum())
+        effect += _square(value - before)
+        if rounded is not value:
+            after = rounded.to(value.dtype)
+            error += _square(after - value)
+            unchanged += int(((after == before) & ~same).sum())
         # An unchanged weight keeps its very bits: -0 + 0 would give +0.
-        tensor = torch.where(same, W.to(value.device), rounded)
-        touched = same.numel() - int(same.sum())
-        unchanged = int(((rounded.to(dtype) == before) & ~same).sum())
-        found[name] = _Rounded(tensor, error / effect if effect else 0.0, touched, unchanged)
-    return found
+        torch.where(same, old, rounded, out=new)
+    if not math.isfinite(effect + error):
+        _refuse_infinite(key, W, exact)
+    return _Rounded(merged, (error / effect) ** 0.5 if effect else 0.0, touched, unchanged)
 
 
-def _check_finite(key: str, before: Tensor, exact: Tensor, rounded: Tensor) -> None:
-    if rounded.isfinite().all():
-        return
-    if not before.isfinite().all():
+def _square(values: Tensor) -> float:
+    """The sum of squares, in fp64."""
+    return torch.linalg.vector_norm(values, dtype=torch.float64).item() ** 2
+
+
+def _refuse_infinite(key: str, W: Tensor, exact: Tensor) -> NoReturn:
+    """Say why a merged weight is not finite."""
+    if not W.isfinite().all():
         raise NumericError(f"{key}: the base's weight holds NaN or infinite values already")
     if not exact.isfinite().all():
         raise NumericError(
@@ -314,7 +336,7 @@ def _check_finite(key: str, before: Tensor, exact: Tensor, rounded: Tensor) -> N
             "checkpoint of the training"
         )
     raise NumericError(
-        f"{key}: merged values up to {exact.abs().max():.3g} do not fit {rounded.dtype}; nothing "
+        f"{key}: merged values up to {exact.abs().max():.3g} do not fit {W.dtype}; nothing "
         "was merged. Merge into an fp32 or bf16 base"
     )
 

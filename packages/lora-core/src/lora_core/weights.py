@@ -57,7 +57,8 @@ def delta(
             return scale * _block_rows(A, B, rows, shape[0])
         grouped_A = A.reshape(groups, A.shape[0] // groups, -1)
         grouped_B = B.reshape(groups, B.shape[0] // groups, -1)
-        change = scale * (grouped_B @ grouped_A)  # [G, do / G, elements of one output unit]
+        change = grouped_B @ grouped_A  # [G, do / G, elements of one output unit]
+        change = scale * change if change.requires_grad else change.mul_(scale)
     change = change.view(groups, grouped_B.shape[1], *A.shape[1:])
     return (change.transpose(1, 2) if transposed else change).reshape(*shape)
 
