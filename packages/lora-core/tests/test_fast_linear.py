@@ -87,6 +87,20 @@ def test_products_with_wide_ranks_are_those_with_narrow_ones(p, rows, monkeypatc
     assert found[0][-1].is_contiguous()
 
 
+@pytest.mark.parametrize("rows", [None, SLICES])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("frozen", [None, 0, 3, 4])  # nothing, x, A, B
+def test_blocks_of_g_give_what_the_whole_gives(frozen, p, rows, monkeypatch):
+    tensors = layer(rows)
+    if frozen is not None:
+        tensors[frozen].requires_grad_(False)
+    whole = passes(tensors, rows, p)
+    monkeypatch.setattr(fast_linear, "BLOCK", 1)
+    monkeypatch.setattr(fast_linear, "ROWS", 37)
+    for one, other in zip(passes(tensors, rows, p), whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
 def test_gradients_of_a_merged_pair_of_adapters(merged):
     x, W, b, A, B = layer(SLICES)
     A2, B2 = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, DI), (DO, 3)))

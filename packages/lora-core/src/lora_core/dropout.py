@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
@@ -46,21 +47,37 @@ def random_bits(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Give the random bits of a (rows, columns) mask as (rows of the block, int16 (n, columns)).
 
-    The same arguments give the same bits. Sixteen of them decide about one element: filling
-    int64 and reading it as int16 costs a quarter of drawing each element.
+    The same arguments give the same bits. Sixteen of them decide about one element: drawing words
+    of 64 and reading them as int16 costs a quarter of drawing for each element.
     """
-    generator = torch.Generator(device=device).manual_seed(seed)
     # Without values nothing is computed, and each operation takes equally long.
     real_cpu = device.type == "cpu" and detect_fake_mode() is None
     block, fewest = (CPU_BLOCK, CPU_ROWS) if real_cpu else (DEVICE_BLOCK, 1)
     step = max(fewest, block // max(1, columns))
+    draw = _words_of_numpy(seed) if real_cpu else _words_of_torch(seed, device)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         count = (stop - start) * columns
-        words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device)
-        # Without the explicit lower end torch leaves the sign bit of every word zero.
-        words.random_(-(2**63), None, generator=generator)
+        words = draw((count + 3) // 4)
         yield slice(start, stop), words.view(torch.int16)[:count].view(stop - start, columns)
+
+
+def _words_of_numpy(seed: int) -> Callable[[int], Tensor]:
+    """Draws so many random int64; SFC64 takes half the time of torch's generator on the CPU."""
+    generator = np.random.SFC64(seed)
+    return lambda count: torch.from_numpy(generator.random_raw(count).view(np.int64))
+
+
+def _words_of_torch(seed: int, device: torch.device) -> Callable[[int], Tensor]:
+    """Draws so many random int64."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+
+    def draw(count: int) -> Tensor:
+        words = torch.empty(count, dtype=torch.int64, device=device)
+        # Without the explicit lower end torch leaves the sign bit of every word zero.
+        return words.random_(-(2**63), None, generator=generator)
+
+    return draw
 
 
 def threshold(p: float) -> int:

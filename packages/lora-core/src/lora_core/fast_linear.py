@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -28,6 +29,7 @@ MERGED_FROM = 8.0
 # Ranks from which products with wide matrices are fastest as they are written. Below, the CPU takes
 # up to six times as long as for the transposed product.
 DOWN_FROM, UP_FROM = 16, 64
+BLOCK, ROWS = 1 << 19, 256  # elements of g at a time, and rows at least
 EXACT = (torch.float32, torch.float64)  # a narrower W' would round small updates away
 
 
@@ -191,16 +193,15 @@ def _factor_gradients(
     for i, (branch, seed) in enumerate(zip(call.branches, call.seeds, strict=True)):
         A, B = factors[2 * i], factors[2 * i + 1]
         needs_A, needs_B = needs.factors[2 * i : 2 * i + 2]
-        dA = dB = None
-        if needs_A or rest is not None:
-            dh = _down_gradient(g, B.to(call.dtype), branch)
+        B_, h = B.to(call.dtype), saved_h[i]
+        if needs_B and h is None:
+            assert x is not None
+            h = _down(x, A.to(call.dtype), branch, seed)
+        needs_dh = needs_A or rest is not None
+        dh, dB = _output_side(g, h if needs_B else None, B_ if needs_dh else None, branch)
+        dA = None
+        if dh is not None:
             dA = _input_side(dh, x if needs_A else None, A.to(call.dtype), rest, branch, seed)
-        if needs_B:
-            h = saved_h[i]
-            if h is None:
-                assert x is not None
-                h = _down(x, A.to(call.dtype), branch, seed)
-            dB = _up_gradient(g, h, branch)
         grads += [_like(dA, A), _like(dB, B)]
     return grads
 
@@ -213,6 +214,26 @@ def _down(x: Tensor, A: Tensor, branch: Branch, seed: int) -> Tensor:
     if branch.dropout:
         return dropout.dropped_product(x, A, branch.dropout, seed)
     return x @ A.t()
+
+
+def _output_side(
+    g: Tensor, h: Tensor | None, B: Tensor | None, branch: Branch
+) -> tuple[Tensor | None, Tensor | None]:
+    """dh and dB, each if B or h is given.
+
+    On the CPU g (N, do) is read once for both, in blocks of rows that stay in the cache.
+    """
+    step = max(ROWS, BLOCK // max(1, g.shape[1]))
+    blocked = g.device.type == "cpu" and g.dtype in EXACT and detect_fake_mode() is None
+    if h is None or B is None or not blocked or len(g) <= step:
+        dh = None if B is None else _down_gradient(g, B, branch)
+        return dh, None if h is None else _up_gradient(g, h, branch)
+    parts, dB = [], B.new_zeros(B.shape)
+    for start in range(0, len(g), step):
+        rows = slice(start, start + step)
+        parts.append(_down_gradient(g[rows], B, branch))
+        dB += _up_gradient(g[rows], h[rows], branch)
+    return torch.cat(parts), dB
 
 
 def _down_gradient(g: Tensor, B: Tensor, branch: Branch) -> Tensor:
