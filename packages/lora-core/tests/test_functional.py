@@ -280,6 +280,18 @@ def test_a_mask_is_a_function_of_its_seed():
     assert not torch.equal(first[:218], first[436:654])
 
 
+@pytest.mark.parametrize("columns", [1, 7, 300])
+def test_a_mask_does_not_depend_on_blocks_or_threads(columns, monkeypatch):
+    expected, threads = mask(5, 0.5, 1500, columns), torch.get_num_threads()
+    try:
+        for block, count in ((1, 1), (1 << 12, 1), (1 << 12, 2)):
+            monkeypatch.setattr(dropout, "CPU_BLOCK", block)
+            torch.set_num_threads(count)
+            assert torch.equal(mask(5, 0.5, 1500, columns), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_the_dropped_input_reaches_y_and_both_gradients():
     p, seed, x = 0.3, 8, randn(1800, 100, grad=True)  # two blocks of rows
     W, A, B = randn(6, 100), randn(3, 100, grad=True), randn(6, 3, grad=True)

@@ -18,7 +18,7 @@ from torch._guards import detect_fake_mode
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-CPU_BLOCK = 1 << 17  # elements per block: mask and rows stay in the cache of one core
+CPU_BLOCK = 1 << 17  # elements per block and thread: mask and rows stay in its core's cache
 CPU_ROWS = 128  # at least, as products of fewer rows are slow
 DEVICE_BLOCK = 1 << 25  # elements per block elsewhere: few launches, bounded transient memory
 
@@ -52,8 +52,10 @@ def random_bits(
     """
     # Without values nothing is computed, and each operation takes equally long.
     real_cpu = device.type == "cpu" and detect_fake_mode() is None
-    block, fewest = (CPU_BLOCK, CPU_ROWS) if real_cpu else (DEVICE_BLOCK, 1)
-    step = max(fewest, block // max(1, columns))
+    own = (CPU_BLOCK * torch.get_num_threads(), CPU_ROWS)
+    block, fewest = own if real_cpu else (DEVICE_BLOCK, 1)
+    # Whole words in each block, so that bits do not depend on its size.
+    step = -(-max(fewest, block // max(1, columns)) // 4) * 4
     draw = _words_of_numpy(seed) if real_cpu else _words_of_torch(seed, device)
     for start in range(0, rows, step):
         stop = min(start + step, rows)

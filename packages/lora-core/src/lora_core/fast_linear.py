@@ -29,7 +29,7 @@ MERGED_FROM = 8.0
 # Ranks from which products with wide matrices are fastest as they are written. Below, the CPU takes
 # up to six times as long as for the transposed product.
 DOWN_FROM, UP_FROM = 16, 64
-BLOCK, ROWS = 1 << 19, 256  # elements of g at a time, and rows at least
+BLOCK, ROWS = 1 << 19, 256  # elements of g at a time for each thread, and rows at least
 EXACT = (torch.float32, torch.float64)  # a narrower W' would round small updates away
 
 
@@ -223,7 +223,7 @@ def _output_side(
 
     On the CPU g (N, do) is read once for both, in blocks of rows that stay in the cache.
     """
-    step = max(ROWS, BLOCK // max(1, g.shape[1]))
+    step = max(ROWS, BLOCK * torch.get_num_threads() // max(1, g.shape[1]))
     blocked = g.device.type == "cpu" and g.dtype in EXACT and detect_fake_mode() is None
     if h is None or B is None or not blocked or len(g) <= step:
         dh = None if B is None else _down_gradient(g, B, branch)
