@@ -115,13 +115,14 @@ def test_a_worker_looks_up_and_computes_nothing(tmp_path, pictures):
 
 
 def fill(folder, paths, queue):
+    torch.set_num_threads(1)  # threads do not survive a fork
     images, seen = frozen(encoder(), FeatureCache(folder, 10**9))
     found = images.features(inputs(items(images, paths)))
     queue.put((len(seen), found["map"].numpy()))
 
 
 def test_two_processes_share_one_folder(tmp_path, pictures):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # the others cannot import a file of tests
     queue = context.Queue()
     argument = (tmp_path / "cache", pictures, queue)
     others = [context.Process(target=fill, args=argument) for _ in range(2)]
