@@ -74,9 +74,10 @@ def test_two_adapters_without_a_bias():
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("rows", [None, SLICES])
-def test_the_operation_keeps_its_promises(rows, p):
+@pytest.mark.parametrize("keeps_h", [True, False])
+def test_the_operation_keeps_its_promises(keeps_h, rows, p):
     x, W, b, A, B = layer(rows)
-    words = ([0.7], [p], [0] if rows is None else [2, 0, 3, 5, 6], torch.float32, False)
+    words = ([0.7], [p], [0] if rows is None else [2, 0, 3, 5, 6], torch.float32, False, keeps_h)
     seeds = torch.tensor([5]) if p else None
     torch.library.opcheck(
         torch.ops.lora_core.linear, (x, W.detach(), b, [A, B], seeds, *words), atol=1e-5, rtol=1e-5

@@ -1,4 +1,4 @@
-"""The two ways of computing an adapted Linear: which one is taken, and that both are one."""
+"""The ways of computing an adapted Linear: which one is taken, and that all are one."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from lora_core import fast_linear
+from lora_core import dropout, fast_linear, row_blocks
 from lora_core.functional import Branch, lora_linear
 from lora_core.memory import saved_bytes
 
@@ -78,27 +78,79 @@ def test_the_merged_way_gives_what_the_low_rank_way_gives(
 def test_products_with_wide_ranks_are_those_with_narrow_ones(p, rows, monkeypatch):
     tensors = layer(rows)
     found = []
+    monkeypatch.setattr(fast_linear, "MERGED_FROM", math.inf)
     for least in (1, math.inf):
-        for name in ("MERGED_FROM", "UP_FROM", "DOWN_FROM"):
-            monkeypatch.setattr(fast_linear, name, math.inf if name == "MERGED_FROM" else least)
+        for name in ("UP_FROM", "DOWN_FROM"):
+            monkeypatch.setattr(row_blocks, name, least)
         found.append(passes(tensors, rows, p))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
     assert found[0][-1].is_contiguous()
 
 
-@pytest.mark.parametrize("rows", [None, SLICES])
+@pytest.mark.parametrize("way", ["low-rank", "merged"])
+@pytest.mark.parametrize("rows", [None, SLICES, ((4, 7), (0, 2))])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("frozen", [None, 0, 3, 4])  # nothing, x, A, B
-def test_blocks_of_g_give_what_the_whole_gives(frozen, p, rows, monkeypatch):
+def test_blocks_of_rows_give_what_one_piece_gives(frozen, p, rows, way, monkeypatch):
     tensors = layer(rows)
     if frozen is not None:
         tensors[frozen].requires_grad_(False)
+    if way == "low-rank":
+        monkeypatch.setattr(fast_linear, "MERGED_FROM", math.inf)
+    monkeypatch.setattr(row_blocks, "has_values", lambda: False)
     whole = passes(tensors, rows, p)
-    monkeypatch.setattr(fast_linear, "BLOCK", 1)
-    monkeypatch.setattr(fast_linear, "ROWS", 37)
-    for one, other in zip(passes(tensors, rows, p), whole, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    monkeypatch.undo()
+    if way == "low-rank":
+        monkeypatch.setattr(fast_linear, "MERGED_FROM", math.inf)
+    blocks = counted_blocks(monkeypatch)
+    for least, narrow in [(300, 0), (37, 0), (37, math.inf)]:
+        monkeypatch.setattr(row_blocks, "ELEMENTS", 1)
+        monkeypatch.setattr(row_blocks, "ROWS", least)
+        monkeypatch.setattr(row_blocks, "NARROW", narrow)
+        for one, other in zip(passes(tensors, rows, p), whole, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert {block.stop - block.start for block in blocks} == {300, 40, 20}
+
+
+def counted_blocks(monkeypatch):
+    """The blocks of rows that are worked on from now on."""
+    seen = []
+    original = row_blocks._row_blocks
+
+    def counted(*words):
+        for rows in original(*words):
+            seen.append(rows)
+            yield rows
+
+    monkeypatch.setattr(row_blocks, "_row_blocks", counted)
+    return seen
+
+
+def test_two_adapters_with_masks_of_their_own(monkeypatch):
+    x, W, b, A, B = layer(SLICES)
+    A2, B2 = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, DI), (DO, 3)))
+    branches = [Branch(A, B, 0.7, SLICES, 0.3, seed=4), Branch(A2, B2, 1.3, None, 0.6, seed=5)]
+    g, expected = torch.randn(N, DO, dtype=torch.float64), None
+    for least in (math.inf, 37):
+        monkeypatch.setattr(row_blocks, "ROWS", least if least < math.inf else 1000)
+        monkeypatch.setattr(row_blocks, "ELEMENTS", 1)
+        found = torch.autograd.grad(lora_linear(x, W, b, branches), [x, b, A, B, A2, B2], g)
+        for one, other in zip(found, expected or found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+        expected = found
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5])
+def test_masks_of_blocks_are_those_of_random_bits(p, monkeypatch):
+    """So that a run does not depend on the way, nor on the number of threads."""
+    monkeypatch.setattr(row_blocks, "ELEMENTS", 1)
+    monkeypatch.setattr(row_blocks, "ROWS", 37)
+    x, W, b, A, B = layer()
+    bits = torch.cat([bits for _, bits in dropout.random_bits(11, N, DI, x.device)])
+    dropped = x * (bits > dropout.threshold(p)) / dropout.keep_probability(p)
+    y = lora_linear(x, W, b, [Branch(A, B, 0.7, None, p, seed=11)])
+    torch.testing.assert_close(y, x @ W.t() + b + 0.7 * dropped @ A.t() @ B.t())
 
 
 def test_gradients_of_a_merged_pair_of_adapters(merged):

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_core.branch import Branch, compute_dtype
-from lora_core.fast_linear import Call, Needs, backward, forward, merges
+from lora_core.branch import Branch
+from lora_core.fast_linear import Call, Needs, backward, forward, plan
+from lora_core.row_blocks import empty_h
 from lora_core.weights import Rows
 
 
@@ -23,22 +24,23 @@ def compiled_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[Branch]
 ) -> Tensor:
     """`functional.lora_linear`, called while a compiler traces."""
-    dtype = compute_dtype(x, weight)
     dropped = any(branch.dropout for branch in branches)
-    trained_A = torch.is_grad_enabled() and all(branch.A.requires_grad for branch in branches)
-    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    factors = [factor for branch in branches for factor in (branch.A, branch.B)]
+    trained = [torch.is_grad_enabled() and factor.requires_grad for factor in factors]
+    call = plan(x, weight, branches, (), trained, remade_x=False)
     y: Tensor
     y, _ = torch.ops.lora_core.linear(
         x,
         weight,
         bias,
-        [factor for branch in branches for factor in (branch.A, branch.B)],
+        factors,
         _seeds(branches) if dropped else None,
         [branch.scale for branch in branches],
         [branch.dropout for branch in branches],
         [number for branch in branches for number in _numbers(branch.rows)],
-        dtype,
-        trained_A and merges(rows, weight, branches),
+        call.dtype,
+        call.merged,
+        call.keeps_h,
     )
     return y
 
@@ -68,13 +70,14 @@ def _call(
     rows: Sequence[int],
     dtype: torch.dtype,
     merged: bool,
+    keeps_h: bool,
 ) -> Call:
     numbers, branches = iter(rows), []
     for A, B, scale, p in zip(factors[::2], factors[1::2], scales, dropouts, strict=True):
         found = tuple((next(numbers), next(numbers)) for _ in range(next(numbers)))
         branches.append(Branch(A, B, scale, found or None, p))
     given = [0] * len(branches) if seeds is None else seeds.tolist()
-    return Call(branches, given, dtype, merged)
+    return Call(branches, given, dtype, merged, keeps_h)
 
 
 # -- forward ---------------------------------------------------------------------------------------
@@ -92,12 +95,13 @@ def _linear(
     rows: Sequence[int],
     dtype: torch.dtype,
     merged: bool,
+    keeps_h: bool,
 ) -> tuple[Tensor, Tensor]:
-    call = _call(factors, seeds, scales, dropouts, rows, dtype, merged)
+    call = _call(factors, seeds, scales, dropouts, rows, dtype, merged, keeps_h)
     # Compiled code runs without autocast.
     given = None if bias is None else bias.to(dtype)
     y, h = forward(call, x.to(dtype), weight.to(dtype), given, factors)
-    if merged:
+    if not keeps_h:
         return y, y.new_empty(0)
     return y, torch.cat([part for part in h if part is not None], 1)
 
@@ -114,9 +118,10 @@ def _(
     rows: Sequence[int],
     dtype: torch.dtype,
     merged: bool,
+    keeps_h: bool,
 ) -> tuple[Tensor, Tensor]:
     y = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
-    if merged:
+    if not keeps_h:
         return y, y.new_empty(0)
     width = sum(A.shape[0] for A in factors[::2])
     return y, y.new_empty(math.prod(y.shape[:-1]), width)
@@ -142,7 +147,7 @@ def _gradients(ctx: Any, g: Tensor, _: Tensor) -> tuple[Any, ...]:
     )
     dx = None if dx is None else dx.to(ctx.x_dtype)
     db = None if db is None else db.to(ctx.bias_dtype)
-    return dx, dW, db, grads, None, None, None, None, None, None
+    return dx, dW, db, grads, *[None] * 7
 
 
 torch.library.register_autograd("lora_core::linear", _gradients, setup_context=_setup)
@@ -164,14 +169,17 @@ def _linear_backward(
     rows: Sequence[int],
     dtype: torch.dtype,
     merged: bool,
+    keeps_h: bool,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    call = _call(factors, seeds, scales, dropouts, rows, dtype, merged)
-    parts: list[Tensor | None] = [None] * len(call.branches)
-    if h is not None and not merged:
-        parts = list(h.split([A.shape[0] for A in factors[::2]], 1))
+    call = _call(factors, seeds, scales, dropouts, rows, dtype, merged, keeps_h)
+    hs: list[Tensor | None] = [None] * len(call.branches)
+    if h is not None and keeps_h:
+        for i, part in enumerate(h.split([len(A) for A in factors[::2]], 1)):
+            # In blocks laid out as without a compiler, so that sums are rounded alike.
+            hs[i] = empty_h(part, *part.shape).copy_(part) if call.in_blocks(g) else part
     asked = Needs(needs[0], needs[1], needs[2], needs[3:])
-    found = backward(call, asked, g, x, weight, factors, parts)
+    found = backward(call, asked, g, x, weight, factors, hs)
     return [g.new_empty(0) if grad is None else grad.contiguous() for grad in found]
 
 
@@ -188,6 +196,7 @@ def _(
     rows: Sequence[int],
     dtype: torch.dtype,
     merged: bool,
+    keeps_h: bool,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     dx = g.new_empty(*g.shape[:-1], weight.shape[1], dtype=dtype)

@@ -56,12 +56,25 @@ def random_bits(
     block, fewest = own if real_cpu else (DEVICE_BLOCK, 1)
     # Whole words in each block, so that bits do not depend on its size.
     step = -(-max(fewest, block // max(1, columns)) // 4) * 4
-    draw = _words_of_numpy(seed) if real_cpu else _words_of_torch(seed, device)
+    draw = draw_rows(seed, columns, device)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        count = (stop - start) * columns
-        words = draw((count + 3) // 4)
-        yield slice(start, stop), words.view(torch.int16)[:count].view(stop - start, columns)
+        yield slice(start, stop), draw(stop - start)
+
+
+def draw_rows(seed: int, columns: int, device: torch.device) -> Callable[[int], Tensor]:
+    """Draws the bits of so many rows more, int16 (n, columns); n is a multiple of 4 until the last.
+
+    They are those of `random_bits`, and where the seed, columns and device are, the same.
+    """
+    real_cpu = device.type == "cpu" and detect_fake_mode() is None
+    draw = _words_of_numpy(seed) if real_cpu else _words_of_torch(seed, device)
+
+    def bits(rows: int) -> Tensor:
+        count = rows * columns
+        return draw((count + 3) // 4).view(torch.int16)[:count].view(rows, columns)
+
+    return bits
 
 
 def _words_of_numpy(seed: int) -> Callable[[int], Tensor]:
@@ -100,6 +113,11 @@ def kept(x: Tensor, bits: Tensor, p: float) -> Tensor:
         whole = torch.ops.aten.threshold_backward(x.view(torch.int16), bits, threshold(p))
         return whole.view(x.dtype)
     return torch.ops.aten.threshold_backward(x, bits.to(x.dtype), threshold(p))
+
+
+def keep_in(room: Tensor, x: Tensor, bits: Tensor, p: float) -> Tensor:
+    """`kept` on the CPU, written into room, which x may be; all of one floating-point dtype."""
+    return torch.ops.aten.threshold_backward.grad_input(x, bits, threshold(p), grad_input=room)
 
 
 def dropped_product(x: Tensor, A: Tensor, p: float, seed: int) -> Tensor:

@@ -210,7 +210,7 @@ def dora_linear(
         one_dtype
         and not weight.requires_grad
         and not needs_plain_form(x)
-        and pays(x.reshape(-1, x.shape[-1]), weight, DORA_MERGED_FROM)
+        and pays(x, weight, x.dtype, DORA_MERGED_FROM)
         and bool((ratio != 1).any())
     ):
         y: Tensor = MergedDora.apply(x, weight, bias, branch.A, branch.B, ratio, branch)
