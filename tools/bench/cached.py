@@ -39,10 +39,10 @@ from results import Table, publish
 from torch import Tensor
 
 from lora_core.cache import FeatureCache
-from lora_core.frozen import FrozenImages, inputs
+from lora_core.frozen import FrozenImages
 from lora_core.pictures.files import read_image
 from sam2_lora import frozen as sam2_frozen
-from sam2_lora.image import preprocess as sam2_pixels
+from sam2_lora.image import as_tensor
 from sam2_lora.placement import adapt as sam2_adapt
 from sam3_lora import config as sam3_config
 from sam3_lora import frozen as sam3_frozen
@@ -97,7 +97,7 @@ def step(
     """Forward and backward pass from the picture's file on."""
 
     def run() -> float:
-        value = loss(inputs([images.item(picture, "as it is", pixels)]))
+        value = loss({"images": [images.item(picture, "as it is", pixels)]})
         value.backward()
         return value.item()
 
@@ -124,7 +124,7 @@ def sam2(picture: Path, folder: Path, args: argparse.Namespace) -> list[object]:
         ways[way] = step(
             images,
             picture,
-            lambda: sam2_pixels(read_image(picture), case.config.size),
+            lambda: as_tensor(read_image(picture)),
             lambda seen, loss=loss: loss(model, given | seen)[0],
         )
     return compared(f"sam2 tiny, {case.size} px, decoder", ways, folder, args)
@@ -164,7 +164,9 @@ def sam3(masks: bool, picture: Path, folder: Path, args: argparse.Namespace) -> 
         ways[way] = step(
             images,
             picture,
-            lambda: transforms.preprocess(read_image(picture), cfg.dataset.size),
+            lambda: transforms.place_picture(
+                read_image(picture), transforms.filling(cfg.dataset.size)
+            ),
             forward,
         )
     what = f"sam3, {case.size} px, {'masks' if masks else 'boxes'}"

@@ -10,6 +10,9 @@ each voxel; `targets` is the rest: prompts, augmentation, texts, noise; `collate
 share of making a batch. Milliseconds are of the process' own CPU time, medians over the samples
 for the whole and means for the parts.
 
+`floats` is no part of a sample: bytes become what the network reads (sam2 resizes them, too) in the
+process that trains, on its device; here on this core.
+
 A training of B samples per step whose step takes S seconds is fed by B * ms / 1000 / S cores:
 `core seconds per step` is that number for S = 1.
 
@@ -108,10 +111,12 @@ def on_one_core(source: Source, count: int) -> list[object]:
     parts = {name: clock.seconds[name] / count for name in ("decode", "resize")}
     parts["targets"] = total / count - sum(parts.values())
     parts["collate"] = statistics.median(collated)
+    floats = statistics.median(_making_floats(source, max(1, count // source.batch_size)))
     sample = statistics.median(whole) + parts["collate"]
     return [
         source.package, source.name, 1000 * sample, 1 / sample,
-        *(1000 * parts[name] for name in PARTS), source.batch_size, source.batch_size * sample,
+        *(1000 * parts[name] for name in PARTS), 1000 * floats,
+        source.batch_size, source.batch_size * sample,
     ]  # fmt: skip
 
 
@@ -122,6 +127,16 @@ def _seconds(source: Source, count: int) -> Iterator[float]:
         start = time.process_time()
         source.train[number % len(source.train)]
         yield time.process_time() - start
+
+
+def _making_floats(source: Source, count: int) -> Iterator[float]:
+    """CPU seconds of making a batch's floats, per sample; 0 where it has them."""
+    batch = source.collate([source.train[k % len(source.train)] for k in range(source.batch_size)])
+    for _ in range(count + 1):
+        start = time.process_time()
+        if source.floats is not None:
+            source.floats(batch)
+        yield (time.process_time() - start) / source.batch_size
 
 
 def _collating(source: Source, count: int) -> Iterator[float]:
@@ -199,7 +214,7 @@ def main() -> None:
         made = sources(Path(folder), args.files, args.packages or list(MAKERS))
         header = [
             "package", "sample", "ms per sample and core", "samples/s and core",
-            *(f"{name} ms" for name in PARTS), "batch", "core seconds per step",
+            *(f"{name} ms" for name in (*PARTS, "floats")), "batch", "core seconds per step",
         ]  # fmt: skip
         tables = {"one core": Table(header, [on_one_core(one, args.samples) for one in made])}
         if args.batches:

@@ -31,6 +31,7 @@ class Source:
         name: what a sample is. batch_size: samples of a step, the package's default.
         train: the data set. collate: samples -> batch.
         decode, resize: functions that do these parts of a sample; the rest is `targets`.
+        floats: batch -> what the network reads of its pictures, made in the process that trains.
     """
 
     package: str
@@ -40,6 +41,7 @@ class Source:
     batch_size: int
     decode: Sequence[Place] = ()
     resize: Sequence[Place] = ()
+    floats: Callable[[dict[str, Any]], object] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -111,12 +113,14 @@ def sam2_masks(folder: Path, count: int) -> Source:
 def _sam2(folder: Path, name: str, **given: Any) -> Source:
     from sam2_lora import data
     from sam2_lora.config import Config
+    from sam2_lora.image import preprocess
 
     cfg = Config(data_root=str(folder), val_fraction=0.5, **given)
     return Source(
         "sam2", name, data.load(cfg).train, data.collate, cfg.batch_size,
         decode=[(data, "pixels_of"), (data, "objects_of")],
-        resize=[(data, "preprocess"), (data, "resized")],
+        resize=[(data, "resized")],
+        floats=lambda batch: torch.stack([preprocess(one, cfg.size) for one in batch["images"]]),
     )  # fmt: skip
 
 
@@ -137,6 +141,7 @@ def _sam3(folder: Path, count: int, masks: bool) -> Source:
     from sam3_lora.config import Config, Dataset, Training
     from sam3_lora.records import Record
     from sam3_lora.tokenizer import load_tokenizer
+    from sam3_lora.transforms import network_input
 
     names = ("bolt", "nut", "washer", "screw", "plate")
     annotations = []
@@ -171,6 +176,7 @@ def _sam3(folder: Path, count: int, masks: bool) -> Source:
         data.load(cfg).train, partial(data.collate, tokenizer=words), cfg.training.batch_size,
         decode=[(Record, "pixels"), (Record, "instances")],
         resize=[(data, "place_picture"), (samples, "place_mask")],
+        floats=lambda batch: network_input(batch["images"]),
     )  # fmt: skip
 
 
@@ -308,6 +314,7 @@ def isaac_conversations(folder: Path, count: int) -> Source:
     from isaac_lora import data, examples
     from isaac_lora.config import Config
     from isaac_lora.conversations import samples
+    from isaac_lora.pictures.pixels import normalise
     from isaac_lora.processing import IsaacProcessor
 
     model = Path(data.__file__).parent / "demo_base" / "model"
@@ -334,6 +341,7 @@ def isaac_conversations(folder: Path, count: int) -> Source:
         partial(data.collate, processor=processor), cfg.per_device_train_batch_size,
         decode=[(examples, "read_picture"), (examples, "content_digest")],
         resize=[(samples, "preprocess")],
+        floats=lambda batch: normalise(batch["patches"]),
     )  # fmt: skip
 
 

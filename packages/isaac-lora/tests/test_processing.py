@@ -73,6 +73,7 @@ def test_pictures_may_be_given_for_each_text() -> None:
     flat = small()(texts, [p for name in TEXTS for p in pictures_of(name)])
     each = small()(texts, [pictures_of(name) for name in TEXTS])
     assert torch.equal(flat["patches"], each["patches"])
+    assert flat["patches"].dtype == torch.float32
 
 
 def test_a_picture_may_be_pil_an_array_or_a_path(tmp_path: Path) -> None:

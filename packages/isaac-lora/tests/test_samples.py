@@ -48,6 +48,7 @@ def test_tokens_are_counted_from_sizes_as_they_are_with_pixels(tmp_path: Path) -
     assert counted.patches is None
     assert loaded.patches is not None
     assert loaded.patches.shape == (48 + 16, 48)
+    assert loaded.patches.dtype == torch.uint8
     assert [picture.shape for picture in loaded.pictures] == [(23, 31, 3), (9, 6, 3)]
 
 

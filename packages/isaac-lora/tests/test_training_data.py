@@ -240,6 +240,7 @@ def test_batches_are_the_same_from_worker_processes(folder: Path) -> None:
     assert first["keys"] == ["record 0", "record 1"]
     alone = load_sample(splits.train[0].conversation, small(), folder)
     assert torch.equal(first["patches"], alone.patches)
+    assert first["patches"].dtype == torch.uint8
     assert torch.equal(first["input_ids"][0], alone.input_ids)
     assert data.num_label_tokens(first) == sum(one.label_tokens for one in splits.train[:2])
 

@@ -81,6 +81,14 @@ def test_vision_features_of_workers_give_the_loss_of_patches(
     torch.testing.assert_close(losses[0], loss_of(model, batch_of(examples)), atol=1e-5, rtol=0)
 
 
+def test_patches_of_bytes_give_the_loss_of_floats_bit_for_bit(examples: list[Example]) -> None:
+    model = recorded_model()
+    batch = batch_of(examples)
+    assert batch["patches"].dtype == torch.uint8
+    floats = (batch["patches"].float() / 255 - 0.5) / 0.5
+    assert torch.equal(loss_of(model, batch), loss_of(model, batch | {"patches": floats}))
+
+
 def test_depth_of_workers_stands_at_the_places_of_its_pictures(
     examples: list[Example], tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_core.cache import FeatureCache
 from lora_core.config import LoraConfig
-from lora_core.frozen import FrozenImages, Unseen, inputs, why_changing
+from lora_core.frozen import FrozenImages, Unseen, why_changing
 from lora_core.injection import inject
 
 SIDE = 24
@@ -25,12 +25,13 @@ def encoder(seed=0):
 
 
 def frozen(network, cache=None, **facts):
-    """Features of `network`, and the sizes of the batches that it saw."""
+    """Features of `network`, and the shapes of the pictures that it saw."""
     seen = []
 
-    def encode(pixels):
-        seen.append(len(pixels))
-        found = network(pixels)
+    def encode(picture):
+        assert picture.dtype == torch.uint8
+        seen.append(tuple(picture.shape))
+        found = network(as_floats(picture)[None])
         return {"map": found, "half": found.mean((2, 3)).half()}
 
     return FrozenImages(encode, facts, torch.device("cpu"), cache), seen
@@ -46,8 +47,11 @@ def pictures(tmp_path):
 
 
 def pixels_of(path):
-    rgb = np.asarray(Image.open(path), dtype=np.float32) / 255
-    return torch.from_numpy(rgb).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(Image.open(path)))
+
+
+def as_floats(picture):
+    return picture.permute(2, 0, 1).contiguous() / 255
 
 
 def items(images, paths, placement="as it is"):
@@ -67,57 +71,56 @@ def same(one, other):
 def test_with_and_without_a_cache_features_are_equal_in_every_bit(tmp_path, pictures):
     network = encoder()
     plain, seen = frozen(network)
-    batch = inputs(items(plain, pictures))
-    assert batch["pixel_values"].shape == (4, 3, SIDE, SIDE)
+    batch = items(plain, pictures)
     expected = plain.features(batch)
-    assert seen == [1, 1, 1, 1]
+    assert seen == [(SIDE, SIDE, 3)] * 4
     assert expected["map"].shape == (4, 7, 11, 11)
-    torch.testing.assert_close(expected["map"], network(batch["pixel_values"]))
+    torch.testing.assert_close(expected["map"], network(torch.stack([*map(as_floats, batch)])))
     cached, seen = frozen(network, FeatureCache(tmp_path / "cache", 10**9))
     same(
-        cached.features(inputs(items(cached, pictures[:1]))),
+        cached.features(items(cached, pictures[:1])),
         {k: v[:1] for k, v in expected.items()},
     )
-    mixed = inputs(items(cached, pictures))  # one is at hand
-    assert [isinstance(item, Unseen) for item in mixed["items"]] == [False, True, True, True]
+    mixed = items(cached, pictures)  # one is at hand
+    assert [isinstance(item, Unseen) for item in mixed] == [False, True, True, True]
     same(cached.features(mixed), expected)
     found = [cached.item(path, "as it is", never) for path in pictures]
-    same(cached.features(inputs(found)), expected)
-    assert seen == [1, 1, 1, 1]
+    same(cached.features(found), expected)
+    assert len(seen) == 4
 
 
 def test_content_placement_and_facts_make_the_entry_and_the_name_does_not(tmp_path, pictures):
     images, seen = frozen(encoder(), FeatureCache(tmp_path / "cache", 10**9), base="a")
-    images.features(inputs(items(images, pictures[:1])))
+    images.features(items(images, pictures[:1]))
     other_name = pictures[0].rename(tmp_path / "other.png")
     assert not isinstance(images.item(other_name, "as it is", never), Unseen)
     assert isinstance(items(images, [other_name], "mirrored")[0], Unseen)
     assert isinstance(items(images, pictures[1:2])[0], Unseen)
     changed, _ = frozen(encoder(1), images.cache, base="b")
     assert isinstance(items(changed, [other_name])[0], Unseen)
-    assert seen == [1]
+    assert len(seen) == 1
 
 
 def test_features_carry_no_graph_and_weights_get_no_gradient(pictures):
     network = encoder().requires_grad_(True)
     images, _ = frozen(network)
-    found = images.features(inputs(items(images, pictures)))
+    found = images.features(items(images, pictures))
     assert not any(tensor.requires_grad for tensor in found.values())
 
 
 def test_a_worker_looks_up_and_computes_nothing(tmp_path, pictures):
     images, _ = frozen(encoder(), FeatureCache(tmp_path / "cache", 10**9))
-    expected = images.features(inputs(items(images, pictures[:1])))
+    expected = images.features(items(images, pictures[:1]))
     there = pickle.loads(pickle.dumps(images))
-    same(there.features(inputs(items(there, pictures[:1]))), expected)
+    same(there.features(items(there, pictures[:1])), expected)
     with pytest.raises(RuntimeError, match="in the process that trains"):
-        there.features(inputs(items(there, pictures[1:])))
+        there.features(items(there, pictures[1:]))
 
 
 def fill(folder, paths, queue):
     torch.set_num_threads(1)  # threads do not survive a fork
     images, seen = frozen(encoder(), FeatureCache(folder, 10**9))
-    found = images.features(inputs(items(images, paths)))
+    found = images.features(items(images, paths))
     queue.put((len(seen), found["map"].numpy()))
 
 
@@ -133,7 +136,7 @@ def test_two_processes_share_one_folder(tmp_path, pictures):
         process.join()
         assert process.exitcode == 0
     images, seen = frozen(encoder(), FeatureCache(tmp_path / "cache", 10**9))
-    found = images.features(inputs([images.item(path, "as it is", never) for path in pictures]))
+    found = images.features([images.item(path, "as it is", never) for path in pictures])
     assert seen == []
     for one in maps:
         np.testing.assert_array_equal(found["map"].numpy(), one)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from sam2_lora import losses
 from sam2_lora.config import Config
+from sam2_lora.image import preprocess
 from sam2_lora.losses import (
     Rule,
     Terms,
@@ -215,6 +217,21 @@ def test_loss_from_cached_features_equals_loss_from_pixels(
         batch["features"] = encode(network, batch.pop("pixel_values"))._asdict()
     cached, _ = losses.loss(network, batch, config())
     torch.testing.assert_close(cached, whole, rtol=0, atol=0)
+
+
+def test_bytes_of_any_size_give_the_loss_of_floats_bit_for_bit(
+    network: Any, batch: dict[str, Any]
+) -> None:
+    draw = np.random.default_rng(0)
+    pictures = [draw.integers(0, 256, (*size, 3), np.uint8) for size in ((96, 160), (300, 70))]
+    batch["pixel_values"] = torch.stack([preprocess(rgb, (128, 128)) for rgb in pictures])
+    settings = config(correction_clicks=1)
+    expected, expected_parts = losses.loss(network, batch, settings)
+    del batch["pixel_values"]
+    batch["images"] = [torch.from_numpy(rgb) for rgb in pictures]
+    found, parts = losses.loss(network, batch, settings)
+    assert torch.equal(found, expected)
+    assert parts == expected_parts
 
 
 def test_parts_hold_the_terms_and_the_users_iou(network: Any, batch: dict[str, Any]) -> None:

@@ -176,8 +176,8 @@ def test_every_modules_mode_comes_back(network: Any) -> None:
 
 def test_the_encoder_runs_once_per_picture(network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    real = metrics.encode
-    monkeypatch.setattr(metrics, "encode", lambda *args: calls.append(1) or real(*args))
+    real = metrics.encode_pictures
+    monkeypatch.setattr(metrics, "encode_pictures", lambda *args: calls.append(1) or real(*args))
     evaluate(network, pictures(), CONFIG)
     assert len(calls) == 3
 

@@ -48,7 +48,7 @@ def cached(work: Path, checkpoint: str = "base.safetensors", **settings: Any) ->
     images = frozen_images(m.load(checkpoint, cfg.size), cfg, "fp32")
     assert images is not None
     splits.use(images)
-    return images.features({"items": [splits.train[0].pixels]})
+    return images.features([splits.train[0].pixels])
 
 
 def entries() -> list[Path]:

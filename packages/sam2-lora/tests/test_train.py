@@ -498,8 +498,8 @@ def test_a_filled_cache_runs_no_encoder(
     def refuse(*args: Any) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(frozen, "encode", refuse)
-    monkeypatch.setattr(metrics, "encode", refuse)
+    monkeypatch.setattr(frozen, "encode_pictures", refuse)
+    monkeypatch.setattr(metrics, "encode_pictures", refuse)
     assert main(command(pictures, tmp_path / "second", **settings)) == 0
 
 

@@ -17,7 +17,7 @@ from transformers import Sam3Config
 from lora_core.errors import ConfigError, DataError
 from lora_core.pictures.encodings import decode_counts
 from lora_core.testing.goldens import Golden, load_golden
-from sam3_lora import network
+from sam3_lora import network, objective
 from sam3_lora.config import Config, Dataset, Training
 from sam3_lora.data import (
     Sample,
@@ -34,7 +34,7 @@ from sam3_lora.queries import asked
 from sam3_lora.records import Record
 from sam3_lora.samples import in_input
 from sam3_lora.tokenizer import Tokenizer, learn_merges, vocabulary
-from sam3_lora.transforms import Placement, filling, place_picture
+from sam3_lora.transforms import Placement, filling, network_input, place_picture
 
 GOLDEN = Path(__file__).parent / "goldens" / "data"
 SIZE = (40, 90)  # height, width
@@ -150,7 +150,7 @@ def test_the_batch_of_the_official_loader_is_reproduced(
     for ours, theirs in (("image_ids", "img_ids"), ("text_ids", "text_ids")):
         assert batch[ours].tolist() == expected[theirs].tolist()
     assert batch["targets"]["counts"].tolist() == expected["num_boxes"].tolist()
-    assert torch.equal(batch["pixel_values"], expected["images"])
+    assert torch.equal(network_input(batch["images"]), expected["images"])
     boxes, recorded = batch["targets"]["boxes"], expected["boxes"].flatten(1)
     cut = 2  # x = -4: official training keeps the width of 20, the rule here is to cut the corner
     rest = [k for k in range(7) if k != cut]
@@ -236,7 +236,8 @@ def test_workers_give_what_one_process_gives(tmp_path: Path, tokenizer: Tokenize
     train.set_epoch(2)
     here = [sample.pixels for sample in (train[k] for k in range(6))]
     loader = DataLoader(train, num_workers=2, collate_fn=partial(collate, tokenizer=tokenizer))
-    there = [batch["pixel_values"][0] for batch in loader]
+    there = [batch["images"][0] for batch in loader]
+    assert {picture.dtype for picture in there} == {torch.uint8}
     assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
 
 
@@ -248,7 +249,7 @@ def test_pictures_are_placed_at_random_unless_augmentation_is_off(tmp_path: Path
     for epoch in range(8):
         moved.set_epoch(epoch)
         sample = moved[0]
-        covered = (sample.pixels > -1).any(0)
+        covered = (sample.pixels > 0).any(2)
         rows, columns = covered.any(1).nonzero().flatten(), covered.any(0).nonzero().flatten()
         margins.add((int(rows[0]), int(columns[0]), len(rows)))
         x0 = (10 / 90) * len(columns) + int(columns[0])
@@ -256,7 +257,7 @@ def test_pictures_are_placed_at_random_unless_augmentation_is_off(tmp_path: Path
         box = sample.queries[0].boxes[0]
         assert float(box[0]) * 84 == pytest.approx((x0 + x1) / 2, abs=1.0)
     assert len(margins) > 4
-    assert (whole[0].pixels > -1).any(0).float().mean() > 0.99
+    assert (whole[0].pixels > 0).any(2).float().mean() > 0.99
     assert whole[0].queries[0].boxes[0].tolist() == pytest.approx(
         [25 / 90, 17.5 / 40, 1 / 3, 5 / 8]
     )
@@ -275,7 +276,7 @@ def test_boxes_and_masks_stay_on_their_objects_when_mirrored(tmp_path: Path) -> 
             train.set_epoch(epoch)
             query = train[0].queries[0]
             assert query.masks is not None
-            bright = train[0].pixels[0] > 0
+            bright = train[0].pixels[..., 0] > 127
             assert (bright ^ query.masks[0].bool()).sum() <= 0.06 * bright.sum()
             x = bright.any(0).nonzero().flatten().float().mean() + 0.5
             assert float(query.boxes[0, 0]) * 84 == pytest.approx(float(x), abs=1.0)
@@ -355,18 +356,31 @@ def test_an_object_whose_mask_vanishes_is_trained_as_a_box(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("masks", [False, True])
-def test_a_batch_is_what_the_network_and_its_loss_take(
+def test_a_batch_of_bytes_gives_the_loss_of_floats_bit_for_bit(
     tmp_path: Path, tokenizer: Tokenizer, masks: bool
 ) -> None:
-    train = load(config(write(tmp_path / "train", content(2)), masks=masks, exemplars=0.5)).train
+    cfg = config(write(tmp_path / "train", content(2)), masks=masks, exemplars=0.5)
+    train = load(cfg).train
     batch = collate([train[0], train[1]], tokenizer)
     settings = load_golden(GOLDEN.parent / "transformers_model").config["sam3_config"]
     model = network.build_network(Sam3Config(**settings)).train()
     batch["input_ids"] = batch["input_ids"].clamp(max=settings["text_config"]["vocab_size"] - 1)
-    outputs = network.forward(model, batch, masks=masks, one_to_many=True)
-    total, _ = loss(outputs, Targets(**batch["targets"]), LossSettings(masks=masks))
-    assert torch.isfinite(total)
-    total.backward()
+    assert {picture.dtype for picture in batch["images"]} == {torch.uint8}
+    torch.manual_seed(0)
+    found, _ = objective.loss_of(cfg, None)(model, batch)
+    found.backward()
+    # Floats as a data set with official training's transform gives them.
+    pixels = [
+        one.permute(2, 0, 1).contiguous().float().div(255).sub(0.5).div(0.5)
+        for one in batch["images"]
+    ]
+    floats = batch | {"pixel_values": torch.stack(pixels)}
+    torch.manual_seed(0)
+    outputs = network.forward(model, floats, masks=masks, one_to_many=cfg.training.o2m_weight > 0)
+    weights = LossSettings(masks=masks, o2m_weight=cfg.training.o2m_weight)
+    expected, _ = loss(outputs, Targets(**batch["targets"]), weights)
+    assert torch.isfinite(expected)
+    assert torch.equal(found, expected)
 
 
 # -- validation ------------------------------------------------------------------------------------
@@ -383,7 +397,7 @@ def test_a_validation_picture_has_its_phrases_and_their_truth(tmp_path: Path) ->
     assert splits.val is not None
     record = list(splits.val)[1]
     assert (record.key, record.image_id, record.size) == ("1.png", 77, SIZE)
-    assert record.pixels.shape == (3, 84, 84)
+    assert record.pixels.shape == (84, 84, 3)
     assert record.phrases == ["bolt", "nut", "washer"]
     assert record.categories == [1, 2, 3]
     assert record.exhaustive == [True] * 3

@@ -206,9 +206,9 @@ def test_pictures_of_every_mode_and_shape_become_samples(train: Path) -> None:
     save(train, content)
     samples = load(config(train, enable_augmentation=False)).train
     pixels = [samples[number].pixels for number in range(6)]
-    assert all(one.shape == (3, 84, 84) for one in pixels)
-    assert ((pixels[4] + 1) * 127.5).round().unique().tolist() == [100]
-    assert pixels[5].unique().tolist() == [1], "transparent pictures lie on white"
+    assert all(one.shape == (84, 84, 3) for one in pixels)
+    assert pixels[4].unique().tolist() == [100]
+    assert pixels[5].unique().tolist() == [255], "transparent pictures lie on white"
 
 
 BOMBS = {

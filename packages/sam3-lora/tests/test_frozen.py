@@ -164,7 +164,7 @@ def trunks(base: Path, cache: Path, **given: Any) -> torch.Tensor:
     """The features of the training pictures."""
     images, splits = setting(base, cache, **given)
     samples = [splits.train[number].pixels for number in range(3)]
-    found: torch.Tensor = images.features({"items": samples})["trunk"]
+    found: torch.Tensor = images.features(samples)["trunk"]
     return found
 
 

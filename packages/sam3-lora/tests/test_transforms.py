@@ -14,6 +14,7 @@ from sam3_lora.transforms import (
     drawn_placement,
     filling,
     jittered,
+    network_input,
     place_boxes,
     place_mask,
     place_picture,
@@ -64,16 +65,28 @@ def test_other_inputs_have_the_same_shares(size: tuple[int, int]) -> None:
 
 def test_a_picture_is_resized_as_pil_does_and_lies_on_black() -> None:
     rgb = rng().integers(0, 256, (33, 57, 3), dtype=np.uint8)
-    pixels = place_picture(rgb, Placement((20, 30), (4, 7), (42, 56)))
-    assert pixels.shape == (3, 42, 56)
-    assert pixels.dtype == torch.float32
-    inner = pixels[:, 7:27, 4:34]
+    placed = place_picture(rgb, Placement((20, 30), (4, 7), (42, 56)))
+    assert placed.shape == (42, 56, 3)
+    assert placed.dtype == torch.uint8
     resized = Image.fromarray(rgb).resize((30, 20), Image.Resampling.BILINEAR)
-    expected = torch.from_numpy(np.array(resized)).permute(2, 0, 1) / 255 * 2 - 1
-    assert (inner - expected).abs().max() < 1e-6
+    assert (placed[7:27, 4:34].numpy() == np.array(resized)).all()
     around = torch.ones(42, 56, dtype=torch.bool)
     around[7:27, 4:34] = False
-    assert (pixels[:, around] == -1).all()
+    assert (placed[around] == 0).all()
+
+
+def test_the_network_reads_bytes_as_floats_from_minus_one_to_one() -> None:
+    rgb = torch.from_numpy(rng().integers(0, 256, (2, 28, 42, 3), dtype=np.uint8))
+    rgb[0, 0, 0] = torch.tensor([0, 51, 255])
+    seen = network_input(list(rgb))
+    assert seen.shape == (2, 3, 28, 42)
+    assert seen.dtype == torch.float32
+    assert seen.is_contiguous()
+    assert seen[0, :, 0, 0].tolist() == pytest.approx([-1, -0.6, 1], abs=1e-6)
+    for one, picture in zip(seen, rgb, strict=True):
+        # As official training has it, a picture at a time.
+        expected = picture.permute(2, 0, 1).contiguous().float().div(255).sub(0.5).div(0.5)
+        assert torch.equal(one, expected)
 
 
 def test_a_validation_picture_fills_the_input() -> None:

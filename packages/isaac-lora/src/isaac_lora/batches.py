@@ -37,7 +37,7 @@ def collate_padded(
 
     Returns:
         `input_ids`, `labels`, `attention_mask` i64 [B, L], `image_mask` bool [B, L],
-        `position_ids` i64 [B, L, 3]; with pictures `grids` i64 [pictures, 2], `patches` f32
+        `position_ids` i64 [B, L, 3]; with pictures `grids` i64 [pictures, 2], `patches` uint8
         [N, 3 p²] where they are loaded, and `pictures`, a list of uint8 [H, W, 3], where kept.
 
     Raises:

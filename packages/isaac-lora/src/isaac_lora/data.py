@@ -293,7 +293,7 @@ def largest_batch(
 
     def zeros(example: Example) -> dict[str, Any]:
         sample = example.outline(processor)
-        patches = torch.zeros(int(sample.grids.prod(1).sum()), width)
+        patches = torch.zeros(int(sample.grids.prod(1).sum()), width, dtype=torch.uint8)
         return {"key": example.key, "sample": replace(sample, patches=patches)}
 
     longest = sorted(rows, key=lambda row: -row.tokens)[:count]

@@ -26,6 +26,7 @@ from isaac_lora.conversations.samples import Sample, assemble, with_pictures
 from isaac_lora.conversations.template import Rendered, render, render_text
 from isaac_lora.conversations.tokenizer_files import check_tokenizer, image_id, load_tokenizer
 from isaac_lora.conversations.tokens import encode
+from isaac_lora.pictures.pixels import normalise
 from isaac_lora.pictures.target_size import PictureRules, patch_grid
 from lora_core.base_file import read_settings
 from lora_core.errors import CheckpointError, ConfigError, DataError, near, one_line
@@ -133,7 +134,7 @@ class IsaacProcessor(ProcessorMixin):
             keep_pictures: give the pictures too, for depth.
 
         Returns:
-            See `collate_padded`, without `labels`.
+            See `collate_padded`, without `labels`, and with `patches` float32 in -1..1.
 
         Raises:
             DataError: not as many pictures as markers, or one that cannot be read.
@@ -212,6 +213,8 @@ class IsaacProcessor(ProcessorMixin):
             padding_side=padding_side,
         )
         del batch["labels"]
+        if "patches" in batch:
+            batch["patches"] = normalise(batch["patches"])
         return BatchFeature(batch)
 
     def _sample(

@@ -42,7 +42,7 @@ class UnseenPicture:
 
     Attributes:
         name, content: as in `KnownPicture`.
-        patches: float32 [N, 3 p²]. grid: of them, before the shuffle.
+        patches: uint8 [N, 3 p²]. grid: of them, before the shuffle.
     """
 
     name: str

@@ -1,9 +1,12 @@
 """What a frozen image encoder makes of each picture, computed once and kept on disk.
 
     frozen = FrozenImages(encode, {"base": fingerprint, ...}, device, FeatureCache(folder, size))
-    item = frozen.item(path, placement, pixels)   # in any process: features, or what makes them
-    batch = {**inputs([item, ...]), ...}          # when samples are put together
-    features = frozen.features(batch)             # in the process that has the encoder
+    image = frozen.item(path, placement, pixels)  # in any process: features, or what makes them
+    batch = {"images": [image, ...], ...}         # when samples are put together
+    features = frozen.features(batch["images"])   # in the process that has the encoder
+
+Pictures are bytes until the encoder reads them: as floats they would take four times as much of the
+memory that a data loader's workers share, and double the time of making a sample there.
 
 The encoder sees one picture at a time, with a cache and without one: its last bits may depend on
 how many pictures it sees at once. Losses then are the same, bit for bit.
@@ -18,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 
 from lora_core.cache import ADAPTER_PARTS, FeatureCache, fingerprint
 
@@ -30,12 +32,15 @@ class Unseen:
     """A picture whose features are not in the cache.
 
     Attributes:
-        pixels: f32 [3, H, W], as the encoder reads it.
+        pixels: uint8 [H, W, 3].
         key: of its entry in the cache.
     """
 
     pixels: Tensor
     key: dict[str, str]
+
+
+Picture = Tensor | Features | Unseen  # what a sample has of its picture; a tensor: uint8 [H, W, 3]
 
 
 def why_changing(encoder: nn.Module) -> str:
@@ -54,24 +59,11 @@ def why_changing(encoder: nn.Module) -> str:
     return ""
 
 
-def inputs(items: Sequence[Tensor | Features | Unseen]) -> dict[str, Any]:
-    """The pictures of a batch.
-
-    Returns:
-        pixel_values: f32 [B, 3, H, W], if all of them are pixels; else items, as given.
-    """
-    pixels = [item for item in items if isinstance(item, Tensor)]
-    if len(pixels) == len(items):
-        # In a data loader's worker it stacks into the memory that travels, which `stack` does not.
-        return {"pixel_values": default_collate(pixels)}
-    return {"items": list(items)}
-
-
 class FrozenImages:
     """Features of pictures from an encoder that does not change, or from the disk.
 
     Args:
-        encode: f32 [1, 3, H, W] on the device -> tensors [1, ...] by name. It sets the precision
+        encode: uint8 [H, W, 3] on the device -> tensors [1, ...] by name. It sets the precision
             itself; gradients are off.
         facts: everything besides the picture that its features depend on, by name.
         device: of the encoder.
@@ -92,16 +84,14 @@ class FrozenImages:
         """For the workers of a data loader, which look entries up and compute none."""
         return {**self.__dict__, "_encode": None}
 
-    def item(
-        self, picture: Path, placement: object, pixels: Callable[[], Tensor]
-    ) -> Tensor | Features | Unseen:
+    def item(self, picture: Path, placement: object, pixels: Callable[[], Tensor]) -> Picture:
         """The features of a picture, or what they are computed from; in any process.
 
         Args:
             picture: its file, whose content is part of the key.
             placement: what was done to it; its `repr` is part of the key.
-            pixels: gives it as the encoder reads it, f32 [3, H, W]; not called if the features are
-                at hand.
+            pixels: gives it as the encoder takes it, uint8 [H, W, 3]; not called if the features
+                are at hand.
 
         Returns:
             Features on the CPU; without a cache the pixels.
@@ -112,28 +102,27 @@ class FrozenImages:
         found = self.cache.find(key)
         return Unseen(pixels(), key) if found is None else found
 
-    def features(self, batch: Mapping[str, Any]) -> Features:
-        """The features of a batch that holds what `inputs` gives, [B, ...] on the device."""
-        items = batch["items"] if "items" in batch else batch["pixel_values"]
-        each = [self._of(item) for item in items]
+    def features(self, images: Sequence[Picture]) -> Features:
+        """The features of B pictures, as `item` gave them, [B, ...] on the device."""
+        each = [self._of(image) for image in images]
         return {
             name: torch.stack([one[name].to(self.device, non_blocking=True) for one in each])
             for name in each[0]
         }
 
-    def _of(self, item: Tensor | Features | Unseen) -> Features:
-        if isinstance(item, Tensor):
-            return self._computed(item)
-        if not isinstance(item, Unseen):
-            return item
-        made = self._computed(item.pixels)
+    def _of(self, image: Picture) -> Features:
+        if isinstance(image, Tensor):
+            return self._computed(image)
+        if not isinstance(image, Unseen):
+            return image
+        made = self._computed(image.pixels)
         if self.cache is not None:
-            self.cache.keep(item.key, made)
+            self.cache.keep(image.key, made)
         return made
 
     @torch.no_grad()
     def _computed(self, pixels: Tensor) -> Features:
         if self._encode is None:
             raise RuntimeError("the encoder is in the process that trains, not in a data loader's")
-        found = self._encode(pixels[None].to(self.device))
+        found = self._encode(pixels.to(self.device))
         return {name: tensor[0] for name, tensor in found.items()}

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lora_core.pictures.masks import trim
-from sam2_lora.image import preprocess, upscale_logits
-from sam2_lora.model import Features, decode, encode, image_size
+from sam2_lora.image import upscale_logits
+from sam2_lora.model import Features, decode, encode_pictures, image_size
 
 if TYPE_CHECKING:
     from transformers import Sam2Model
@@ -88,9 +88,8 @@ def segment(
     tiles = list(_tiles((rgb.shape[0], rgb.shape[1]), tile, grid.tile_overlap))
     for part in tiles:
         view = np.ascontiguousarray(rgb[part.y0 : part.y1, part.x0 : part.x1])
-        pixels = preprocess(view, image_size(model))[None].to(next(model.parameters()).device)
         with torch.no_grad():
-            features = encode(model, pixels)
+            features = encode_pictures(model, [view])
         found.append(segment_features(model, features, view.shape[:2], grid))
     merged = found[0] if len(tiles) == 1 else _join(tiles, found, grid.tile_agreement)
     return _drop_covered(merged, grid.max_overlap)

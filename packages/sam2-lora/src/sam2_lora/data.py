@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lora_core.errors import printable
-from lora_core.frozen import Features, FrozenImages, Unseen, inputs
+from lora_core.frozen import FrozenImages, Picture
 from lora_core.pictures import survey
 from lora_core.pictures.files import read_image
 from lora_core.pictures.masks import Object, Size, resized
@@ -32,7 +32,7 @@ from lora_core.training.loading import EpochDataset, retried
 from lora_core.validate import Bad, Share, read_and_settle
 from sam2_lora.config import Config
 from sam2_lora.formats import SPLITS
-from sam2_lora.image import preprocess, to_model_boxes, to_model_points
+from sam2_lora.image import as_tensor, to_model_boxes, to_model_points
 from sam2_lora.prompts import Mask, box_of, jittered, random_pixel
 from sam2_lora.records import Record
 from sam2_lora.survey import Counts, counted, looking, objects_of, read_parts, settled
@@ -47,7 +47,7 @@ class Sample(NamedTuple):
     """One picture with N objects and their first prompts: points, or else boxes."""
 
     key: str
-    pixels: Tensor | Features | Unseen  # float32 [3, H, W], normalised; or of `TrainSet.frozen`
+    pixels: Picture  # uint8 [H, W, 3], at its own size; or of `TrainSet.frozen`
     points: Tensor | None  # float32 [N, 1, 2], model pixels
     boxes: Tensor | None  # float32 [N, 4], model pixels
     targets: Tensor  # uint8 [N, H, W], 0 and 1
@@ -93,12 +93,10 @@ class TrainSet(EpochDataset[Record, Sample]):
             seed=int(rng.integers(2**63)),
         )
 
-    def _seen(self, record: Record, flip: bool) -> Tensor | Features | Unseen:
+    def _seen(self, record: Record, flip: bool) -> Picture:
         def pixels() -> Tensor:
             rgb = retried(lambda: pixels_of(record))
-            if flip:
-                rgb = np.ascontiguousarray(rgb[:, ::-1])
-            return preprocess(rgb, self.cfg.size)
+            return as_tensor(np.ascontiguousarray(rgb[:, ::-1]) if flip else rgb)
 
         if self.frozen is None:
             return pixels()
@@ -169,7 +167,7 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
     put together by the structure of their prompts.
 
     Returns:
-        pixel_values: float32 [B, 3, H, W]; with a cache items, see `lora_core.frozen.inputs`.
+        images: B pictures, uint8 [H, W, 3], each of its own size; with a cache, what it gave.
         keys: B names. seed: B integers.
         buckets: one dict for clicks and one for boxes, each if there are any, with
             image: int64 [N], rows of the batch; targets: uint8 [N, H, W];
@@ -184,7 +182,7 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
         if group:
             buckets.append(_bucket(group))
     return {
-        **inputs([sample.pixels for sample in samples]),
+        "images": [sample.pixels for sample in samples],
         "keys": [sample.key for sample in samples],
         "seed": [sample.seed for sample in samples],
         "buckets": buckets,
@@ -218,7 +216,7 @@ class EvalRecord:
     rgb: NDArray[np.uint8]  # [H, W, 3]
     objects: list[Object]
     small: list[Object]  # left out: neither hits nor, without other objects, an empty picture
-    item: Tensor | Features | Unseen | None = None  # of `EvalSet.frozen`
+    item: Picture | None = None  # of `EvalSet.frozen`
 
 
 class EvalSet(Dataset[EvalRecord]):
@@ -244,7 +242,7 @@ class EvalSet(Dataset[EvalRecord]):
         item = None
         if self.frozen is not None:
             place = placement(self.cfg.size, mirrored=False)
-            item = self.frozen.item(record.image, place, lambda: preprocess(rgb, self.cfg.size))
+            item = self.frozen.item(record.image, place, lambda: as_tensor(rgb))
         return EvalRecord(record.key, rgb, found.kept, found.small, item)
 
     def __iter__(self) -> Iterator[EvalRecord]:

@@ -7,15 +7,18 @@ objects share a batch without padding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lora_core.errors import ConfigError
 from sam2_lora.config import STRIDE
+from sam2_lora.image import as_tensor, preprocess
 
 if TYPE_CHECKING:
     from transformers import Sam2Model
@@ -59,6 +62,19 @@ def encode(model: Sam2Model, pixel_values: Tensor) -> Features:
     )
     # The decoder was trained on features that say "there is no earlier frame".
     return Features(embed + model.no_memory_embedding.reshape(1, -1, 1, 1), feat_s0, feat_s1)
+
+
+def encode_pictures(model: Sam2Model, pictures: Sequence[Tensor | NDArray[np.uint8]]) -> Features:
+    """As `encode`, of pictures as files have them, resized and normalised on the model's device.
+
+    So do training and prediction: a data loader's workers, and the way to a GPU, carry bytes.
+
+    Args:
+        pictures: B times uint8 [H, W, 3], each of any size, on any device.
+    """
+    device, size = next(model.parameters()).device, image_size(model)
+    found = (one if isinstance(one, Tensor) else as_tensor(one) for one in pictures)
+    return encode(model, torch.stack([preprocess(one.to(device), size) for one in found]))
 
 
 def decode(

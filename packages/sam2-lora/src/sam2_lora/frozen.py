@@ -14,7 +14,7 @@ from lora_core.frozen import FrozenImages, why_changing
 from lora_core.memory import AUTOCAST
 from sam2_lora import losses
 from sam2_lora.config import Config
-from sam2_lora.forward import encode
+from sam2_lora.forward import encode_pictures
 
 if TYPE_CHECKING:
     from transformers import Sam2Model
@@ -45,9 +45,9 @@ def frozen_images(network: Sam2Model, cfg: Config, precision: str) -> FrozenImag
         return None
     device, dtype = next(network.parameters()).device, AUTOCAST.get(precision)
 
-    def encoded(pixels: Tensor) -> dict[str, Tensor]:
+    def encoded(picture: Tensor) -> dict[str, Tensor]:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            return encode(network, pixels)._asdict()
+            return encode_pictures(network, [picture])._asdict()
 
     facts = {
         "kind": KIND,
@@ -69,7 +69,7 @@ def loss_of(
 
     def loss(network: Sam2Model, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
         if images is not None:
-            batch = batch | {"features": images.features(batch)}
+            batch = batch | {"features": images.features(batch["images"])}
         return losses.loss(network, batch, cfg)
 
     return loss

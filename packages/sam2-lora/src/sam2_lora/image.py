@@ -16,6 +16,14 @@ STD = (0.229, 0.224, 0.225)
 Coordinates = TypeVar("Coordinates", Tensor, NDArray[np.floating])
 
 
+def as_tensor(rgb: NDArray[np.uint8]) -> Tensor:
+    """A picture as a tensor: of the same memory, or a copy if that is read-only.
+
+    PIL's pictures are, and torch warns of such tensors.
+    """
+    return torch.from_numpy(rgb) if rgb.flags.writeable else torch.tensor(rgb)
+
+
 def preprocess(rgb: Tensor | NDArray[np.uint8], size: tuple[int, int]) -> Tensor:
     """The official transform: scaled to 0..1, resized directly to `size`, normalised.
 
@@ -27,11 +35,10 @@ def preprocess(rgb: Tensor | NDArray[np.uint8], size: tuple[int, int]) -> Tensor
         size: (height, width) of the model's input.
 
     Returns:
-        float32 [3, height, width].
+        float32 [3, height, width], on the device of the picture.
     """
     if not isinstance(rgb, Tensor):
-        # A copy of what is read-only, as PIL gives it: torch warns of it.
-        rgb = torch.from_numpy(rgb) if rgb.flags.writeable else torch.tensor(rgb)
+        rgb = as_tensor(rgb)
     # In place from here on: new memory costs more than the arithmetic.
     pixels = rgb.permute(2, 0, 1)[None].to(torch.float32, copy=True).div_(255)
     pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True, align_corners=False)

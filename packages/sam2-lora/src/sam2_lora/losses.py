@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sam2_lora.config import Config
-from sam2_lora.model import Decoded, Features, decode, encode
+from sam2_lora.model import Decoded, Features, decode, encode, encode_pictures
 from sam2_lora.prompts import random_correction
 
 if TYPE_CHECKING:
@@ -183,8 +183,8 @@ def loss(model: Sam2Model, batch: dict[str, Any], cfg: Config) -> tuple[Tensor, 
 
     Args:
         model: the network, adapted or not.
-        batch: as `data.collate` makes it; "features" (`forward.Features` as a dict) may stand in
-            for "pixel_values".
+        batch: as `data.collate` makes it; "features" (`forward.Features` as a dict) or
+            "pixel_values" (see `forward.encode`) may stand in for "images".
         cfg: `loss`, `correction_clicks`.
 
     Returns:
@@ -192,10 +192,7 @@ def loss(model: Sam2Model, batch: dict[str, Any], cfg: Config) -> tuple[Tensor, 
         user would get, as the mean over the objects that have a target; without any such object
         these two are left out.
     """
-    if "features" in batch:
-        features = Features(**batch["features"])
-    else:
-        features = encode(model, batch["pixel_values"])
+    features = _features(model, batch)
     legacy = cfg.loss == "legacy"
     rule = LEGACY if legacy else Rule()
     num_objects = max(object_count(batch), 1)
@@ -211,6 +208,14 @@ def loss(model: Sam2Model, batch: dict[str, Any], cfg: Config) -> tuple[Tensor, 
         overlaps.append(_overlap(decoded, targets))
     terms = Terms(*(torch.stack(part).sum() for part in zip(*steps, strict=True)))
     return terms.total(rule), _parts(terms, torch.cat(overlaps))
+
+
+def _features(model: Sam2Model, batch: dict[str, Any]) -> Features:
+    if "features" in batch:
+        return Features(**batch["features"])
+    if "pixel_values" in batch:
+        return encode(model, batch["pixel_values"])
+    return encode_pictures(model, batch["images"])
 
 
 def object_count(batch: dict[str, Any]) -> int:

@@ -24,9 +24,9 @@ from torch import Tensor
 from lora_core.training.inference import autocast, evaluating
 from sam2_lora.automatic import UPSCALED_VALUES, Grid, segment_features
 from sam2_lora.config import Config
-from sam2_lora.image import preprocess, to_model_boxes, to_model_points, upscale_logits
+from sam2_lora.image import to_model_boxes, to_model_points, upscale_logits
 from sam2_lora.losses import LOGIT_LIMIT, best_masks
-from sam2_lora.model import Features, decode, encode, image_size
+from sam2_lora.model import Features, decode, encode_pictures, image_size
 from sam2_lora.prompts import box_of, center_click, center_correction
 
 if TYPE_CHECKING:
@@ -156,11 +156,10 @@ def evaluate(
     with evaluating(model), autocast(device, cfg.precision):
         for record in val:
             images += 1
-            if frozen is None:
-                pixels = preprocess(record.rgb, image_size(model))[None].to(device)
-                features = encode(model, pixels)
+            if frozen is None or record.item is None:
+                features = encode_pictures(model, [record.rgb])
             else:
-                features = Features(**frozen.features({"items": [record.item]}))
+                features = Features(**frozen.features([record.item]))
             if not (record.objects or record.small):
                 empty += 1
                 size = (record.rgb.shape[0], record.rgb.shape[1])

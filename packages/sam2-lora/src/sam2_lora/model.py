@@ -23,6 +23,7 @@ from sam2_lora.forward import Decoded as Decoded
 from sam2_lora.forward import Features as Features
 from sam2_lora.forward import decode as decode
 from sam2_lora.forward import encode as encode
+from sam2_lora.forward import encode_pictures as encode_pictures
 from sam2_lora.forward import image_size as image_size
 from sam2_lora.forward import set_image_size as set_image_size
 

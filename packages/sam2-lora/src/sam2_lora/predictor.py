@@ -21,10 +21,10 @@ from lora_core.errors import ConfigError
 from lora_core.training.arguments import choose_precision
 from lora_core.training.inference import autocast, evaluating
 from sam2_lora.automatic import UPSCALED_VALUES, Grid, Instance, segment, segment_features
-from sam2_lora.image import preprocess, to_model_boxes, to_model_points, upscale_logits
+from sam2_lora.image import to_model_boxes, to_model_points, upscale_logits
 from sam2_lora.losses import LOGIT_LIMIT, best_masks
 from sam2_lora.metrics import OBJECTS_AT_ONCE
-from sam2_lora.model import Decoded, Features, decode, encode, image_size, load
+from sam2_lora.model import Decoded, Features, decode, encode_pictures, image_size, load
 
 if TYPE_CHECKING:
     from transformers import Sam2Model
@@ -94,9 +94,8 @@ class Predictor:
         """Encode a picture, uint8 [H, W, 3]; all later calls are about it."""
         if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8:
             raise ValueError(f"expected uint8 [H, W, 3], not {rgb.dtype} {list(rgb.shape)}")
-        pixels = preprocess(rgb, image_size(self.model))[None].to(self.device)
         with evaluating(self.model), autocast(self.device, self.precision):
-            self._picture = rgb, encode(self.model, pixels)
+            self._picture = rgb, encode_pictures(self.model, [rgb])
 
     def predict(
         self,

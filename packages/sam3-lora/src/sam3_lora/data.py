@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lora_core.errors import printable
-from lora_core.frozen import Features, FrozenImages, Unseen
+from lora_core.frozen import FrozenImages, Picture
 from lora_core.pictures import survey as pictures
 from lora_core.pictures.masks import Size
 from lora_core.pictures.survey import left_out, remarks, without
@@ -152,10 +152,8 @@ class ValSet(Dataset[EvalRecord]):
         return (self[index] for index in range(len(self)))
 
 
-def _seen(
-    record: Record, place: Placement, frozen: FrozenImages | None
-) -> Tensor | Features | Unseen:
-    """A picture as the model sees it, f32 [3, H, W], or its features."""
+def _seen(record: Record, place: Placement, frozen: FrozenImages | None) -> Picture:
+    """A picture in the model's input, uint8 [H, W, 3], or its features."""
 
     def pixels() -> Tensor:
         return place_picture(retried(record.pixels), place)

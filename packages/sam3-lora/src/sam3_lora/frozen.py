@@ -17,6 +17,7 @@ from lora_core.frozen import FrozenImages, why_changing
 from lora_core.memory import AUTOCAST
 from lora_core.report import say
 from sam3_lora.config import Config
+from sam3_lora.transforms import network_input
 from sam3_lora.vision import encode_trunk
 
 if TYPE_CHECKING:
@@ -52,9 +53,9 @@ def frozen_images(
         return None
     device, dtype = next(net.parameters()).device, AUTOCAST.get(precision)
 
-    def encode(pixels: Tensor) -> dict[str, Tensor]:
+    def encode(picture: Tensor) -> dict[str, Tensor]:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            found = encode_trunk(net, pixels)
+            found = encode_trunk(net, network_input([picture]))
         # The convolutions that read it would cast it to this, too.
         return {"trunk": found if dtype is None else found.to(dtype)}
 

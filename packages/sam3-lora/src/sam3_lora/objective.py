@@ -120,6 +120,7 @@ def loss_of(
     from sam3_lora import losses, network
     from sam3_lora.normalisers import Normalisers
     from sam3_lora.outputs import Targets
+    from sam3_lora.transforms import network_input
 
     masks, one_to_many = cfg.training.enable_segmentation, cfg.training.o2m_weight > 0
     weights = losses.LossSettings(
@@ -128,7 +129,9 @@ def loss_of(
 
     def loss(net: Sam3Model, batch: dict[str, Any]) -> Any:
         if frozen is not None:
-            batch = batch | frozen.features(batch)
+            batch = batch | frozen.features(batch["images"])
+        else:
+            batch = batch | {"pixel_values": network_input(batch["images"])}
         if phrases is not None:
             rows = phrases.rows(batch["phrases"])
             batch = batch | {

@@ -28,7 +28,7 @@ from sam3_lora.model import image_size, load, tokenizer
 from sam3_lora.postprocess import Found, Rle, detections, encode_masks, suppress
 from sam3_lora.samples import PADDING
 from sam3_lora.scoring import QUERIES_AT_ONCE, EncodedPhrases
-from sam3_lora.transforms import filling, place_boxes, preprocess
+from sam3_lora.transforms import filling, network_input, place_boxes, place_picture
 from sam3_lora.user_prompts import Prompt
 
 if TYPE_CHECKING:
@@ -145,7 +145,8 @@ class Predictor:
         """Encode a picture, uint8 [H, W, 3]; all later calls are about it."""
         if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8:
             raise ValueError(f"expected uint8 [H, W, 3], not {rgb.dtype} {list(rgb.shape)}")
-        pixels = preprocess(rgb, image_size(self.model))[None].to(self.device)
+        placed = place_picture(rgb, filling(image_size(self.model)))
+        pixels = network_input([placed.to(self.device)])
         with evaluating(self.model), autocast(self.device, self.precision):
             features = net.encode_images(self.model, pixels, masks=True)
         self._picture = (rgb.shape[0], rgb.shape[1]), features

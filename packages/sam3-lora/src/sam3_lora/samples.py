@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_core import frozen
+from lora_core.frozen import Picture
 from lora_core.pictures.masks import Size
 from sam3_lora.queries import Query
 from sam3_lora.records import Box, Instance, run_lengths
@@ -39,7 +39,7 @@ class Sample(NamedTuple):
     """One picture with its queries."""
 
     key: str
-    pixels: Tensor | frozen.Features | frozen.Unseen  # f32 [3, H, W]; or of `TrainSet.frozen`
+    pixels: Picture  # of `place_picture`, uint8 [H, W, 3]; or of `TrainSet.frozen`
     queries: list[Asked]
 
 
@@ -84,7 +84,7 @@ def collate(samples: Sequence[Sample], tokenizer: Tokenizer) -> dict[str, Any]:
 
     Returns:
         keys: B names, "picture: phrase". pictures: I names.
-        pixel_values: f32 [I, 3, H, W]; with a cache items, see `lora_core.frozen.inputs`.
+        images: I pictures, uint8 [H, W, 3]; with a cache, what it gave for each.
         phrases: P texts.
         input_ids, attention_mask: i64 [P, 32].
         image_ids, text_ids: i64 [B], the picture and phrase of each query.
@@ -100,7 +100,7 @@ def collate(samples: Sequence[Sample], tokenizer: Tokenizer) -> dict[str, Any]:
         "keys": [f"{samples[image].key}: {query.phrase}" for image, query in rows],
         "pictures": [sample.key for sample in samples],
         "phrases": phrases,
-        **frozen.inputs([sample.pixels for sample in samples]),
+        "images": [sample.pixels for sample in samples],
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "image_ids": torch.tensor([image for image, _ in rows], dtype=torch.int64),
@@ -138,7 +138,7 @@ class EvalRecord:
 
     Attributes:
         key: the picture's name. image: its file. image_id: its number in results.
-        pixels: the model's input, f32 [3, H, W]; or of `ValSet.frozen`.
+        pixels: of `place_picture`, uint8 [H, W, 3]; or of `ValSet.frozen`.
         size: (height, width) of the picture in its file.
         phrases: what it is asked; categories: the number of each in results.
         truth: of each phrase COCO annotations in pixels of the file: bbox [x, y, width, height],
@@ -149,7 +149,7 @@ class EvalRecord:
     key: str
     image: Path
     image_id: int
-    pixels: Tensor | frozen.Features | frozen.Unseen
+    pixels: Picture
     size: Size
     phrases: list[str]
     categories: list[int]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_core.cache import FeatureCache
-from lora_core.frozen import Features, FrozenImages, Unseen
+from lora_core.frozen import Features, FrozenImages, Picture
 from sam3_lora import network as net
 from sam3_lora.average_precision import BEST_OF_IMAGE, MeanAveragePrecision
 from sam3_lora.losses import LossSettings, loss
@@ -22,6 +22,7 @@ from sam3_lora.metrics import CONFIDENT, CgF1, Kind, Unit, false_positive_rate
 from sam3_lora.outputs import Outputs, Targets
 from sam3_lora.postprocess import coco_records, detections, encode_masks, keep_best, object_scores
 from sam3_lora.tokenizer import CONTEXT, Tokenizer
+from sam3_lora.transforms import network_input
 
 if TYPE_CHECKING:
     from transformers import Sam3Model
@@ -114,7 +115,7 @@ def _lots(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 def asked(
     network: Sam3Model,
-    pixels: Tensor | Features | Unseen,
+    pixels: Picture,
     texts: Sequence[str],
     phrases: EncodedPhrases,
     masks: bool,
@@ -123,15 +124,15 @@ def asked(
     """Ask one image for phrases; gives a few of them with their outputs at a time.
 
     Args:
-        pixels: f32 [3, H, W], at the model's size; or what `frozen` gave for it.
+        pixels: uint8 [H, W, 3], at the model's size; or what `frozen` gave for it.
     """
     if frozen is not None:
-        trunk = frozen.features({"items": [pixels]})["trunk"]
+        trunk = frozen.features([pixels])["trunk"]
         features = net.feature_maps(network, trunk, masks=masks)
     else:
         assert isinstance(pixels, Tensor)
-        device = phrases.mask.device
-        features = net.encode_images(network, pixels[None].to(device), masks=masks)
+        seen = network_input([pixels.to(phrases.mask.device)])
+        features = net.encode_images(network, seen, masks=masks)
     for some in _lots(texts, QUERIES_AT_ONCE):
         rows = phrases.rows(some)
         query = {

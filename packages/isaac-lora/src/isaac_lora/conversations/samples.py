@@ -36,7 +36,7 @@ class Sample:
         labels: i64 [L]: the id itself where it is learned, else -100.
         image_mask: bool [L]: places of pictures. Ids do not tell: a question may hold any token.
         grids: i64 [pictures, 2]: rows and columns of patches, before the shuffle.
-        patches: f32 [N, 3 p²] of all pictures in order; None: not loaded.
+        patches: uint8 [N, 3 p²] of all pictures in order; None: not loaded.
         pictures: uint8 [H, W, 3] each, as they were given; empty unless asked for.
         key: name of the conversation.
     """
@@ -112,7 +112,7 @@ def with_pictures(
     if [list(grid) for grid in grids] != sample.grids.tolist():
         raise DataError("a picture's size is not what it was when it was checked: start again")
     width = 3 * rules.patch_size**2
-    patches = [p for p, _ in made] or [torch.empty(0, width)]
+    patches = [p for p, _ in made] or [torch.empty(0, width, dtype=torch.uint8)]
     joined = torch.cat(patches) if len(patches) > 1 else patches[0]
     return replace(sample, patches=joined, pictures=tuple(pictures) if keep_pictures else ())
 

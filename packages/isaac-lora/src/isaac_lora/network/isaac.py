@@ -223,7 +223,8 @@ class IsaacForConditionalGeneration(IsaacPreTrainedModel, IsaacGenerationMixin):
                 all places without labels, and none with labels, because training does not need
                 them and they can take gigabytes.
             image_mask: (B, L) bool, true at image places.
-            patches: (sum N, 3 p^2) float, patches of all images in the order of their places.
+            patches: (sum N, 3 p^2), patches of all images in the order of their places: levels
+                as uint8, or floats in -1..1.
             grids: (images, 2) int64, rows and columns of patches before the shuffle.
             vision_features: (sum N / r^2, r^2 V), what `model.get_vision_features` has made of
                 the patches; in place of `patches`.

@@ -67,7 +67,7 @@ class IsaacModel(IsaacPreTrainedModel):
         self.post_init()
 
     def get_vision_features(self, patches: Tensor, grids: Tensor) -> Tensor:
-        """Run the tower: (sum N, 3 p^2) patches to (sum N / r^2, r^2 V).
+        """Run the tower: (sum N, 3 p^2) patches, uint8 or normalised, to (sum N / r^2, r^2 V).
 
         A frozen tower runs without gradients; its result depends on the image alone and can be
         kept and given to `forward` as `vision_features`.

@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from isaac_lora.network.configuration import IsaacVisionConfig
+from isaac_lora.pictures.pixels import normalise
 from lora_core.errors import DataError
 from lora_core.report import plural
 
@@ -33,8 +34,13 @@ class IsaacVisionEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.num_patches, config.hidden_size)
 
     def forward(self, patches: Tensor, grids: list[Grid]) -> Tensor:
-        """Map (sum N, 3 p^2) patches to (sum N, V), in the dtype of the weights."""
+        """Map (sum N, 3 p^2) patches to (sum N, V), in the dtype of the weights.
+
+        uint8 are levels 0..255 and are normalised here, once, where the tower computes.
+        """
         weight = self.patch_embedding.weight
+        if patches.dtype == torch.uint8:
+            patches = normalise(patches)
         return self.patch_embedding(patches.to(weight.dtype)) + self.positions(grids)
 
     def positions(self, grids: list[Grid]) -> Tensor:
@@ -144,7 +150,8 @@ class IsaacVisionTransformer(nn.Module):
         """Run the tower.
 
         Args:
-            patches: (sum N, 3 p^2), images one after the other, patches row by row.
+            patches: (sum N, 3 p^2), images one after the other, patches row by row; uint8, or
+                floats that `pictures.pixels.normalise` has made of them.
             grids: (images, 2) integer, rows and columns of patches.
 
         Returns:

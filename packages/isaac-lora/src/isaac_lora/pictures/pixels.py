@@ -1,4 +1,8 @@
-"""A picture's pixels as the vision tower takes them: resized, normalised, cut into patches."""
+"""A picture's pixels as the vision tower takes them: resized, and cut into patches.
+
+They stay bytes until the tower normalises them: as floats they would take four times as much of the
+memory that a data loader's workers share.
+"""
 
 from __future__ import annotations
 
@@ -47,13 +51,11 @@ def patches(pixels: Tensor, patch_size: int) -> Tensor:
 
 
 def preprocess(picture: NDArray[np.uint8] | Tensor, rules: PictureRules) -> tuple[Tensor, Grid]:
-    """Patches float32 [N, 3 p²] of a picture uint8 [H, W, 3], and the grid of them, N = h w.
+    """Patches uint8 [N, 3 p²] of a picture uint8 [H, W, 3], and the grid of them, N = h w.
 
     Raises:
         DataError: no pixels, or too many.
     """
     size = target_size(picture.shape[0], picture.shape[1], rules)
     p = rules.patch_size
-    # Cut as bytes, of which there are a quarter as many.
-    levels = patches(resize(picture, size), p)
-    return normalise(levels), Grid(size.height // p, size.width // p)
+    return patches(resize(picture, size), p), Grid(size.height // p, size.width // p)
