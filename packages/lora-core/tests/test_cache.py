@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_core.cache import FeatureCache, fingerprint
+from lora_core.cache import ALIGNED, DTYPES, FeatureCache, fingerprint
 from lora_core.config import LoraConfig
 from lora_core.errors import CheckpointError
 from lora_core.injection import inject
@@ -65,6 +65,29 @@ def test_values_come_back_bit_for_bit_from_memory_and_from_disk(tmp_path):
     same(cache.get({"image": "a"}, never), values())
     same(FeatureCache(tmp_path, GB).get({"image": "a"}, never), values())
     assert (cache.hits, cache.misses) == (1, 1)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_every_dtype_that_a_file_names_comes_back(tmp_path, name):
+    raw = torch.arange(1, 49, dtype=torch.uint8)
+    expected = {"x": (raw % 2 if name == "BOOL" else raw).view(DTYPES[name]).reshape(2, -1)}
+    cache = FeatureCache(tmp_path, GB)
+    cache.keep({"k": "v"}, expected)
+    same(cache.get({"k": "v"}, never), expected)
+    (path,) = entries(tmp_path)
+    assert f'"{name}"'.encode() in path.read_bytes()
+
+
+def test_values_lie_as_torch_would_lay_them_and_are_nobody_elses(tmp_path):
+    cache = FeatureCache(tmp_path, GB)
+    cache.get({"k": "v"}, values)
+    for _ in range(2):  # what is done to one value is not seen in the next
+        found = cache.get({"k": "v"}, never)
+        same(found, values())
+        for tensor in found.values():
+            assert tensor.data_ptr() % ALIGNED == 0
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+            tensor.zero_()
 
 
 def test_gradients_and_live_tensors_are_not_kept(tmp_path):
@@ -138,6 +161,120 @@ def test_one_flipped_bit_anywhere_is_noticed(tmp_path):
     for count, _ in enumerate(corrupt.flips(path, 150), start=1):
         same(cache.get({"k": "v"}, values), values())
         assert cache.healed == count
+
+
+# -- when an entry is compared with its digest -----------------------------------------------------
+
+
+def settled(path):
+    """Make a file a minute old, as one of an earlier run; its times."""
+    os.utime(path, (time.time() - 60,) * 2)
+    return path.stat()
+
+
+def flip(path):
+    """Change one bit of the last tensor in place."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def times_back(path, status):
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def changed(path, status):
+    flip(path)
+
+
+def replaced(path, status):
+    """Put another file in place of one, of the same length and times."""
+    data = path.read_bytes()
+    other = path.with_name("other")
+    other.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    other.replace(path)
+    times_back(path, status)
+
+
+def cut(path, status):
+    path.write_bytes(path.read_bytes()[:-8])
+    times_back(path, status)
+
+
+@pytest.mark.fault("D45")
+@pytest.mark.parametrize("damage", [changed, replaced, cut])
+def test_an_entry_that_was_read_is_compared_again_when_its_file_has_changed(tmp_path, damage):
+    cache = FeatureCache(tmp_path, GB)
+    cache.get({"k": "v"}, values)
+    (path,) = entries(tmp_path)
+    status = settled(path)
+    for _ in range(2):
+        same(cache.get({"k": "v"}, never), values())
+    damage(path, status)
+    same(cache.get({"k": "v"}, values), values())
+    assert cache.healed == 1
+    same(cache.get({"k": "v"}, never), values())
+
+
+@pytest.mark.fault("D45")
+def test_a_change_without_a_trace_is_noticed_by_those_who_have_not_read_the_entry(tmp_path):
+    """The limit of what is noticed: not in the process that found the entry whole before."""
+    cache = FeatureCache(tmp_path, GB)
+    cache.get({"k": "v"}, values)
+    (path,) = entries(tmp_path)
+    status = settled(path)
+    cache.get({"k": "v"}, never)
+    flip(path)
+    times_back(path, status)
+    cache.get({"k": "v"}, never)
+    other = FeatureCache(tmp_path, GB)
+    same(other.get({"k": "v"}, values), values())
+    assert (cache.healed, other.healed) == (0, 1)
+    same(cache.get({"k": "v"}, never), values())
+
+
+@pytest.mark.fault("D45")
+def test_a_new_entry_is_compared_at_each_reading(tmp_path):
+    """It may change twice within one step of the file system's clock."""
+    cache = FeatureCache(tmp_path, GB)
+    cache.get({"k": "v"}, values)
+    (path,) = entries(tmp_path)
+    cache.get({"k": "v"}, never)
+    status = path.stat()
+    flip(path)
+    times_back(path, status)
+    same(cache.get({"k": "v"}, values), values())
+    assert cache.healed == 1
+
+
+@pytest.mark.fault("D45")
+@pytest.mark.parametrize("how", [shutil.copy, shutil.copy2, shutil.move])
+def test_an_entry_under_the_name_of_another_is_computed_again(tmp_path, how, capsys):
+    cache = FeatureCache(tmp_path, GB)
+    paths = [cache.path({"k": key}) for key in "ab"]
+    for seed, (key, path) in enumerate(zip("ab", paths, strict=True)):
+        cache.get({"k": key}, lambda seed=seed: values(seed))
+        settled(path)
+        cache.get({"k": key}, never)
+    how(paths[0], paths[1])
+    same(cache.get({"k": "b"}, lambda: values(1)), values(1))
+    assert capsys.readouterr().out.count(f"{paths[1]} is damaged: it is computed again") == 1
+    same(cache.get({"k": "b"}, never), values(1))
+
+
+def test_reading_an_entry_leaves_its_time_of_modification(tmp_path):
+    """Otherwise processes that share a folder would hash what others have read."""
+    cache = FeatureCache(tmp_path, GB)
+    cache.get({"k": "v"}, values)
+    (path,) = entries(tmp_path)
+    before = settled(path)
+    cache.get({"k": "v"}, never)
+    after = path.stat()
+    assert after.st_mtime_ns == before.st_mtime_ns
+    assert after.st_atime_ns > before.st_atime_ns + 50 * 10**9  # the time of last use
+
+
+# -- full disks, other processes -------------------------------------------------------------------
 
 
 def fill(folder, results):

@@ -26,6 +26,7 @@ from scenesplat_lora.config import Config
 from scenesplat_lora.scenes import collate as batches
 from scenesplat_lora.scenes.files import read_scene
 from scenesplat_lora.scenes.manifests import manifest_notes
+from scenesplat_lora.scenes.scene import deferred
 from scenesplat_lora.scenes.values import LAYOUTS
 from scenesplat_lora.survey import Expected, Facts, SceneRecord, records_of, remarks, settled
 from scenesplat_lora.transforms.pipeline import (
@@ -112,7 +113,7 @@ class TrainSet(EpochDataset[SceneRecord, dict[str, Any]]):
         """A sample, the draws before it, and whether there is nothing to learn in it."""
         record, rng = self.records[index], self.rng(index)
         layout = LAYOUTS[self.cfg.data.layout]
-        scene = retried(lambda: read_scene(record.folder, layout, self.wanted))
+        scene = deferred(retried(lambda: read_scene(record.folder, layout, self.wanted)))
         scene["name"] = record.key
         sample, thrown = self.steps(scene, rng), 0
         while not learnable(sample, self.needs) and thrown < DRAWS - 1:
@@ -154,7 +155,7 @@ class ValSet:
         for number, record in enumerate(self.records):
             steps, wanted = self.ways[(record.folder / "lang_feat.npy").exists()]
             scene = retried(lambda: read_scene(record.folder, layout, wanted))  # noqa: B023 - now
-            sample = steps(scene | {"name": record.key}, np.random.default_rng(number))
+            sample = steps(deferred(scene) | {"name": record.key}, np.random.default_rng(number))
             yield collate([sample | {"mix": 1.0, "progress": 1.0}])
 
 

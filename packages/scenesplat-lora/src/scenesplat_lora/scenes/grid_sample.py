@@ -18,7 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_core.errors import ConfigError, DataError
-from scenesplat_lora.scenes.scene import Scene, highest, lowest, place, take_rows
+from scenesplat_lora.scenes.scene import (
+    Scene,
+    by_column,
+    highest,
+    lowest,
+    place,
+    stable_order,
+    take_rows,
+)
 
 FNV_OFFSET, FNV_PRIME = np.uint64(14695981039346656037), np.uint64(1099511628211)
 MOST_CELLS = 2**16  # per axis: the codes of space-filling curves have 16 bits of each coordinate
@@ -73,7 +81,7 @@ def integer_cells(coord: NDArray[np.floating], size: float) -> tuple[Rows, NDArr
         raise DataError("coord holds NaN, infinite or astronomical values: no cells to count")
     grid = cells.astype(np.int64)
     low = lowest(grid)
-    return grid - low, low * size
+    return by_column(np.subtract, grid, low), low * size
 
 
 def fnv_key(grid: Rows) -> NDArray[np.uint64]:
@@ -101,11 +109,11 @@ def voxelise(coord: NDArray[np.floating], size: float, hash: Hash = "fnv") -> Vo
     """Sort the points [N, 3] into cells of `size` metres; errors as `integer_cells`."""
     grid, low = integer_cells(coord, size)
     key = fnv_key(grid) if hash == "fnv" else ravel_key(grid)
-    order = np.argsort(key, kind="stable")
-    begins = _changes(grid[order])
+    order = stable_order(key)
+    begins = _changes(grid.take(order, axis=0))
     if (begins & ~_changes(key[order])).any():  # two voxels share a hash and may lie interleaved
         order = np.lexsort((*grid.T[::-1], key))
-        begins = _changes(grid[order])
+        begins = _changes(grid.take(order, axis=0))
     first = np.flatnonzero(begins)
     return Voxels(grid, low, order, first, np.diff(first, append=len(order)))
 
@@ -170,7 +178,7 @@ def grid_sample(
     if return_inverse:
         sampled["inverse"] = voxels.inverse()
     if return_grid_coord:
-        sampled["grid_coord"] = voxels.grid[rows]
+        sampled["grid_coord"] = voxels.grid.take(rows, axis=0)
     if return_min_coord:
         sampled["min_coord"] = voxels.low[None]
     return sampled
@@ -186,7 +194,10 @@ def fragments(scene: Scene, *, grid_size: float = 0.02, hash_type: Hash = "fnv")
     check_extent(voxels, grid_size, place(scene))
     for number in range(int(voxels.count.max())):
         rows = voxels.members(number)
-        yield take_rows(scene, rows) | {"grid_coord": voxels.grid[rows], "index": rows}
+        yield take_rows(scene, rows) | {
+            "grid_coord": voxels.grid.take(rows, axis=0),
+            "index": rows,
+        }
 
 
 def sample_labelled_cloud(

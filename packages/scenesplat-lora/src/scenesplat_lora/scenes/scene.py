@@ -11,6 +11,7 @@ Functions on scenes give a new dict and leave the arrays that they were given as
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,54 @@ Scene = dict[str, Any]
 GAUSSIAN = ("coord", "color", "opacity", "scale", "quat")  # what every scene has
 OWN_ROWS = ("pc_", "origin_")  # beginnings of the names of arrays whose rows are no Gaussians
 NO_ROWS = frozenset({"inverse", "min_coord", "offset"})
+
+
+@dataclass(frozen=True, eq=False)
+class DeferredRows:
+    """Rows of a large array that are copied once, where they are needed.
+
+    Of a room with features of 768 each copy is 200 MB: steps that leave out rows change `index`.
+
+    Attributes:
+        source: [M, D], such as a mapped file.
+        index: i64 [N], which of its rows these are.
+    """
+
+    source: NDArray[Any]
+    index: NDArray[np.int64]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[N, D]."""
+        return (len(self.index), *self.source.shape[1:])
+
+    @property
+    def ndim(self) -> int:
+        """2, as of `source`."""
+        return self.source.ndim
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of `source`."""
+        return self.source.dtype
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, rows: NDArray[Any]) -> DeferredRows:
+        return DeferredRows(self.source, self.index[rows])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        if copy is False:
+            raise ValueError("rows that are deferred are no array yet: they must be copied")
+        found = np.empty(self.shape, self.dtype)
+        self.into(found)
+        return found if dtype is None else found.astype(dtype, copy=False)
+
+    def into(self, out: NDArray[Any]) -> None:
+        """Copy the rows to `out` [N, D] of the same dtype."""
+        # With mode "raise" numpy would fill an array of its own first.
+        np.take(self.source, self.index, axis=0, out=out, mode="clip")
 
 
 def row_count(scene: Scene) -> int:
@@ -41,7 +90,9 @@ def row_wise(scene: Scene) -> list[str]:
     names = [
         name
         for name, value in scene.items()
-        if isinstance(value, np.ndarray) and not name.startswith(OWN_ROWS) and name not in NO_ROWS
+        if isinstance(value, (np.ndarray, DeferredRows))
+        and not name.startswith(OWN_ROWS)
+        and name not in NO_ROWS
     ]
     rows = row_count(scene)
     wrong = [
@@ -56,7 +107,33 @@ def row_wise(scene: Scene) -> list[str]:
 
 def take_rows(scene: Scene, rows: NDArray[Any]) -> Scene:
     """The scene of some Gaussians only, in the order of `rows` (integers, or bool [N])."""
-    return scene | {name: scene[name][rows] for name in row_wise(scene)}
+    number = np.flatnonzero(rows) if rows.dtype == bool else rows
+    return scene | {name: _taken(scene[name], number) for name in row_wise(scene)}
+
+
+def _taken(values: Any, rows: NDArray[np.integer]) -> Any:
+    """`values[rows]`; for arrays with few columns `take` needs a fourth of the time."""
+    if isinstance(values, DeferredRows) or not values.flags.c_contiguous:
+        return values[rows]  # `take` would copy all of an array in another order
+    return np.asarray(values).take(rows, axis=0)  # of a mapped file too an array in memory
+
+
+def deferred(scene: Scene) -> Scene:
+    """The scene with its language features, where they are float16, copied as late as possible."""
+    features = scene.get("lang_feat")
+    if features is None or features.dtype != np.float16 or not features.flags.c_contiguous:
+        return scene
+    return scene | {"lang_feat": DeferredRows(features, np.arange(len(features)))}
+
+
+def stable_order(values: NDArray[Any]) -> NDArray[np.int64]:
+    """`np.argsort(values, kind="stable")` of u64 or f32 [N], by torch in a third of the time."""
+    import torch
+
+    if values.dtype == np.uint64:  # signed numbers in the same order
+        values = (values ^ np.uint64(1 << 63)).view(np.int64)
+    order: NDArray[np.int64] = torch.from_numpy(values).sort(stable=True).indices.numpy()
+    return order
 
 
 def lowest(values: NDArray[Any]) -> NDArray[Any]:
@@ -70,6 +147,15 @@ def lowest(values: NDArray[Any]) -> NDArray[Any]:
 def highest(values: NDArray[Any]) -> NDArray[Any]:
     """The largest value of each column of [N, C]; [C]."""
     return np.array([column.max() for column in values.T], dtype=values.dtype)
+
+
+def by_column(operation: np.ufunc, values: NDArray[Any], vector: NDArray[Any]) -> NDArray[Any]:
+    """`operation(values, vector)` of [N, C] and [C], in a third of the time where C is 3."""
+    found = np.empty(values.shape, np.result_type(values, vector))
+    for number in range(values.shape[1]):
+        # A slice and no number, whose dtype earlier versions of numpy do not count.
+        operation(values[:, number], vector[number : number + 1], out=found[:, number])
+    return found
 
 
 def place(scene: Scene) -> str:

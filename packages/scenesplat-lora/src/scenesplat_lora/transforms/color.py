@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from scenesplat_lora.scenes.scene import Scene
+from scenesplat_lora.scenes.scene import Scene, by_column, highest, lowest
 
 
 def chromatic_auto_contrast(
@@ -18,9 +18,11 @@ def chromatic_auto_contrast(
         return scene
     blend = rng.random() if blend_factor is None else blend_factor
     color = scene["color"]
-    low = color.min(axis=0, keepdims=True)
-    extent = color.max(axis=0, keepdims=True) - low
-    stretched = np.where(extent > 0, (color - low) * (255 / np.where(extent > 0, extent, 1)), color)
+    low = lowest(color)
+    extent = highest(color) - low
+    stretch = 255 / np.where(extent > 0, extent, 1)
+    wide = by_column(np.multiply, by_column(np.subtract, color, low), stretch)
+    stretched = np.where(extent > 0, wide, color)
     return _with(scene, (1 - blend) * color + blend * stretched)
 
 
@@ -31,7 +33,7 @@ def chromatic_translation(
     if rng.random() >= p:
         return scene
     shift = rng.uniform(-ratio, ratio, (1, 3)) * 255
-    return _with(scene, np.clip(scene["color"] + shift, 0, 255))
+    return _with(scene, np.clip(by_column(np.add, scene["color"], shift[0]), 0, 255))
 
 
 def chromatic_jitter(

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_core.errors import ConfigError
-from scenesplat_lora.scenes.scene import Scene, highest, lowest
+from scenesplat_lora.scenes.scene import Scene, by_column, highest, lowest
 
 Array = NDArray[Any]
 Axis = Literal["x", "y", "z"]
@@ -41,13 +41,13 @@ def center_shift(scene: Scene, rng: np.random.Generator, *, apply_z: bool = True
     """Move the bounding box's centre to x = y = 0 and, with `apply_z`, its floor to z = 0."""
     shift = box_centre(scene["coord"])
     shift[2] = scene["coord"][:, 2].min() if apply_z else 0
-    return _move(scene, lambda coord: coord - shift)
+    return _move(scene, lambda coord: by_column(np.subtract, coord, shift))
 
 
 def positive_shift(scene: Scene, rng: np.random.Generator) -> Scene:
     """Move the lowest corner of the bounding box to the origin."""
     low = lowest(scene["coord"])
-    return _move(scene, lambda coord: coord - low)
+    return _move(scene, lambda coord: by_column(np.subtract, coord, low))
 
 
 def normalize_coord(scene: Scene, rng: np.random.Generator) -> Scene:
@@ -125,7 +125,11 @@ def rotate(
     """Rotate a scene: x' = R (x - c) + c, n' = R n, q' = q_R ⊗ q."""
     matrix = rotation_matrix(axis, radians)
     origin = box_centre(scene["coord"]) if center is None else np.asarray(center, dtype=np.float64)
-    turned = _move(scene, lambda coord: (coord - origin) @ matrix.T + origin)
+
+    def around_origin(coord: Array) -> Array:
+        return by_column(np.add, by_column(np.subtract, coord, origin) @ matrix.T, origin)
+
+    turned = _move(scene, around_origin)
     if "normal" in scene:
         turned["normal"] = (scene["normal"] @ matrix.T).astype(np.float32)
     if "quat" in scene:
@@ -165,11 +169,12 @@ def flip(scene: Scene, axis: str) -> Scene:
     number = _axis_number(axis)
     mirror = np.ones(3, dtype=np.float32)
     mirror[number] = -1
-    flipped = _move(scene, lambda coord: coord * mirror)
+    flipped = _move(scene, lambda coord: by_column(np.multiply, coord, mirror))
     if "normal" in scene:
-        flipped["normal"] = scene["normal"] * mirror
+        flipped["normal"] = by_column(np.multiply, scene["normal"], mirror)
     if "quat" in scene:
-        flipped["quat"] = scene["quat"] * np.concatenate([[1], -mirror]).astype(np.float32)
+        signs = np.concatenate([[1], -mirror]).astype(np.float32)
+        flipped["quat"] = by_column(np.multiply, scene["quat"], signs)
     return flipped
 
 
@@ -218,7 +223,7 @@ def distort(
     noise = rng.standard_normal((*nodes, 3), dtype=np.float32)
     for axis in (0, 1, 2) * 2:
         noise = box_filter(noise, axis)
-    at = (coord - low) / granularity + 1
+    at = by_column(np.subtract, coord, low) / granularity + 1
     return (coord + magnitude * trilinear(noise, at)).astype(np.float32)
 
 
@@ -249,18 +254,24 @@ def box_filter(values: Array, axis: int) -> Array:
 
 def trilinear(values: Array, at: Array) -> Array:
     """`values` [X, Y, Z, C] between its nodes, at positions [N, 3] in units of nodes; [N, C]."""
-    last = np.array(values.shape[:3]) - 2
-    node = np.clip(np.floor(at).astype(np.int64), 0, last)
-    share = np.ascontiguousarray((at - node).astype(values.dtype).T)
-    weights = (1 - share, share)  # [3, N] of the lower and of the upper node along each axis
-    # Nodes by one number each, a channel at a time: some times as fast as values[i, j, k].
+    # Nodes by one number each, an axis and a channel at a time, without new memory for each corner:
+    # some times as fast as values[i, j, k].
     steps = (values.shape[1] * values.shape[2], values.shape[2], 1)
-    first = node @ np.array(steps)
+    first = np.zeros(len(at), dtype=np.int64)
+    weights = []  # [N] of the lower and of the upper node along each axis
+    for along, nodes, step in zip(at.T, values.shape[:3], steps, strict=True):
+        node = np.clip(np.floor(along).astype(np.int64), 0, nodes - 2)
+        share = (along - node).astype(values.dtype)
+        weights.append((1 - share, share))
+        first += node * step
     channels = np.ascontiguousarray(np.moveaxis(values, -1, 0)).reshape(values.shape[3], -1)
     total = np.zeros((values.shape[3], len(at)), dtype=values.dtype)
+    term = np.empty(len(at), dtype=values.dtype)
     for corner in np.ndindex(2, 2, 2):
-        weight = weights[corner[0]][0] * weights[corner[1]][1] * weights[corner[2]][2]
+        weight = weights[0][corner[0]] * weights[1][corner[1]] * weights[2][corner[2]]
         number = first + np.dot(corner, steps)
         for channel, values_here in zip(total, channels, strict=True):
-            channel += weight * values_here[number]
+            np.take(values_here, number, out=term, mode="clip")
+            term *= weight
+            channel += term
     return np.ascontiguousarray(total.T)

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from lora_core.errors import ConfigError
-from scenesplat_lora.scenes.scene import Scene, row_count, take_rows
+from scenesplat_lora.scenes.scene import Scene, row_count, stable_order, take_rows
 
 
 def random_dropout(
@@ -50,4 +50,4 @@ def sphere_crop(
     coord = scene["coord"]
     centre = coord[int(rng.integers(rows)) if mode == "random" else rows // 2]
     distance = np.square(coord - centre).sum(axis=1)
-    return take_rows(scene, np.argsort(distance, kind="stable")[:point_max])
+    return take_rows(scene, stable_order(distance)[:point_max])

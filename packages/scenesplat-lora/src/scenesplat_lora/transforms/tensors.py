@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_core.errors import DataError, near
-from scenesplat_lora.scenes.scene import Scene, place
+from scenesplat_lora.scenes.scene import DeferredRows, Scene, place
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
 GAUSSIAN_FEATURES = ("color", "opacity", "quat", "scale")  # 11 channels, in this order
@@ -30,24 +31,29 @@ def to_tensor(scene: Scene, rng: np.random.Generator) -> Scene:
     """Arrays as tensors: whole numbers int64, others float32, truth values as they are.
 
     `lang_feat` stays in half precision where its file has it: it is almost all of a sample, and the
-    loss takes it to float32 on its device. Features of norm 0 have no direction to learn: their
-    rows of `valid_feat_mask` become false.
+    loss takes it to float32 on its device. Rows that are deferred stay so, until `collate` copies
+    them into the batch. Features of norm 0 have no direction to learn: their rows of
+    `valid_feat_mask` become false.
     """
     tensors = {name: _tensor(value, name == "lang_feat") for name, value in scene.items()}
     if "lang_feat" in tensors and "valid_feat_mask" in tensors:
-        some = some_value(tensors["lang_feat"])
+        features = tensors["lang_feat"]
+        if isinstance(features, DeferredRows):
+            some = some_value(features.source)[features.index]
+        else:
+            some = some_value(features)
         tensors["valid_feat_mask"] = tensors["valid_feat_mask"].bool() & some
     return tensors
 
 
-def some_value(rows: Tensor, first: int = 8) -> Tensor:
+def some_value(rows: Tensor | NDArray[np.float16], first: int = 8) -> Tensor:
     """Which rows [N, D] are not all zero, bool [N].
 
     Most rows show it in their first values: comparing all takes 50 times as long.
     """
-    some = (rows[:, :first] != 0).any(dim=1)
-    rest = (~some).nonzero()[:, 0]
-    some[rest] = (rows[rest] != 0).any(dim=1)
+    some: Tensor = (_tensor(rows[:, :first], half=True) != 0).any(dim=1)
+    rest = (~some).nonzero()[:, 0].numpy()
+    some[rest] = (_tensor(rows[rest], half=True) != 0).any(dim=1)
     return some
 
 
