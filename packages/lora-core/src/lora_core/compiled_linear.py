@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lora_core.branch import Branch
 from lora_core.fast_linear import Call, Needs, backward, forward, plan
-from lora_core.row_blocks import empty_h
+from lora_core.row_blocks import laid_out
 from lora_core.weights import Rows
 
 
@@ -176,8 +176,7 @@ def _linear_backward(
     hs: list[Tensor | None] = [None] * len(call.branches)
     if h is not None and keeps_h:
         for i, part in enumerate(h.split([len(A) for A in factors[::2]], 1)):
-            # In blocks laid out as without a compiler, so that sums are rounded alike.
-            hs[i] = empty_h(part, *part.shape).copy_(part) if call.in_blocks(g) else part
+            hs[i] = laid_out(part) if call.in_blocks(g) else part
     asked = Needs(needs[0], needs[1], needs[2], needs[3:])
     found = backward(call, asked, g, x, weight, factors, hs)
     return [g.new_empty(0) if grad is None else grad.contiguous() for grad in found]

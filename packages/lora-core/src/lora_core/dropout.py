@@ -17,6 +17,9 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+_threshold_backward = torch.ops.aten.threshold_backward.grad_input
 
 CPU_BLOCK = 1 << 17  # elements per block and thread: mask and rows stay in its core's cache
 CPU_ROWS = 128  # at least, as products of fewer rows are slow
@@ -42,6 +45,12 @@ def keep_probability(p: float) -> float:
     return keep_count(p) / 65536
 
 
+def has_values() -> bool:
+    """Whether tensors that are made here do: within `FakeTensorMode` nothing is computed."""
+    # Looking for that mode takes as long as a small layer; no other way leads there.
+    return not is_in_torch_dispatch_mode() or detect_fake_mode() is None
+
+
 def random_bits(
     seed: int, rows: int, columns: int, device: torch.device
 ) -> Iterator[tuple[slice, Tensor]]:
@@ -50,8 +59,8 @@ def random_bits(
     The same arguments give the same bits. Sixteen of them decide about one element: drawing words
     of 64 and reading them as int16 costs a quarter of drawing for each element.
     """
-    # Without values nothing is computed, and each operation takes equally long.
-    real_cpu = device.type == "cpu" and detect_fake_mode() is None
+    # Without values each operation takes equally long.
+    real_cpu = device.type == "cpu" and has_values()
     own = (CPU_BLOCK * torch.get_num_threads(), CPU_ROWS)
     block, fewest = own if real_cpu else (DEVICE_BLOCK, 1)
     # Whole words in each block, so that bits do not depend on its size.
@@ -67,30 +76,28 @@ def draw_rows(seed: int, columns: int, device: torch.device) -> Callable[[int], 
 
     They are those of `random_bits`, and where the seed, columns and device are, the same.
     """
-    real_cpu = device.type == "cpu" and detect_fake_mode() is None
-    draw = _words_of_numpy(seed) if real_cpu else _words_of_torch(seed, device)
-
-    def bits(rows: int) -> Tensor:
-        count = rows * columns
-        return draw((count + 3) // 4).view(torch.int16)[:count].view(rows, columns)
-
-    return bits
-
-
-def _words_of_numpy(seed: int) -> Callable[[int], Tensor]:
-    """Draws so many random int64; SFC64 takes half the time of torch's generator on the CPU."""
-    generator = np.random.SFC64(seed)
-    return lambda count: torch.from_numpy(generator.random_raw(count).view(np.int64))
-
-
-def _words_of_torch(seed: int, device: torch.device) -> Callable[[int], Tensor]:
-    """Draws so many random int64."""
+    if device.type == "cpu" and has_values():
+        return _rows_of_numpy(seed, columns)
     generator = torch.Generator(device=device).manual_seed(seed)
 
-    def draw(count: int) -> Tensor:
-        words = torch.empty(count, dtype=torch.int64, device=device)
+    def draw(rows: int) -> Tensor:
+        count = rows * columns
+        words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device)
         # Without the explicit lower end torch leaves the sign bit of every word zero.
-        return words.random_(-(2**63), None, generator=generator)
+        words.random_(-(2**63), None, generator=generator)
+        return words.view(torch.int16)[:count].view(rows, columns)
+
+    return draw
+
+
+def _rows_of_numpy(seed: int, columns: int) -> Callable[[int], Tensor]:
+    """`draw_rows` on the CPU, where SFC64 takes half the time of torch's generator."""
+    generator = np.random.SFC64(seed)
+
+    def draw(rows: int) -> Tensor:
+        count = rows * columns
+        bits = generator.random_raw((count + 3) // 4).view(np.int16)[:count]
+        return torch.from_numpy(bits.reshape(rows, columns))
 
     return draw
 
@@ -117,7 +124,7 @@ def kept(x: Tensor, bits: Tensor, p: float) -> Tensor:
 
 def keep_in(room: Tensor, x: Tensor, bits: Tensor, p: float) -> Tensor:
     """`kept` on the CPU, written into room, which x may be; all of one floating-point dtype."""
-    return torch.ops.aten.threshold_backward.grad_input(x, bits, threshold(p), grad_input=room)
+    return _threshold_backward(x, bits, threshold(p), grad_input=room)
 
 
 def dropped_product(x: Tensor, A: Tensor, p: float, seed: int) -> Tensor:

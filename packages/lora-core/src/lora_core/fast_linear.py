@@ -48,7 +48,7 @@ class Call:
 
     def in_blocks(self, t: Tensor) -> bool:
         """Whether the low-rank products are taken in blocks of rows of t."""
-        return row_blocks.suits(t.device, self.dtype) and row_blocks.has_values()
+        return row_blocks.suits(t.device, self.dtype) and dropout.has_values()
 
 
 @dataclass(frozen=True)
@@ -147,10 +147,8 @@ def forward(
     y = F.linear(x, weight, bias).contiguous()
     x_rows, y_rows = _as_rows(x, call.dtype), y.view(-1, y.shape[-1])
     if call.in_blocks(x):
-        if call.keeps_h:
-            hs = [row_blocks.empty_h(y_rows, len(y_rows), len(A)) for A in factors[::2]]
-        row_blocks.forward(_adapters(call, factors), x_rows, y_rows, hs)
-        return y, hs
+        made = row_blocks.forward(_adapters(call, factors), x_rows, y_rows)
+        return y, list(made) if call.keeps_h else hs
     for i, (branch, seed) in enumerate(zip(call.branches, call.seeds, strict=True)):
         A, B = (factor.to(call.dtype) for factor in factors[2 * i : 2 * i + 2])
         h = _down(x_rows, A, branch, seed)
@@ -181,7 +179,7 @@ def backward(
     if call.in_blocks(g):
         adapters = _adapters(call, factors, needs)
         dx = row_blocks.backward(adapters, g_rows, x_rows, hs, base, add=not call.merged)
-        grads = [grad for adapter in adapters for grad in (adapter.dA, adapter.dB)]
+        grads = [grad for adapter in adapters for grad in adapter.gradients()]
     else:
         dx = None if base is None else g_rows @ base
         grads = _factor_gradients(call, needs, g_rows, x_rows, dx, factors, hs)

@@ -2,28 +2,27 @@
 
 Adapters do little arithmetic on much memory: taken over whole tensors, their products read and
 write x, y, g and dx two to four times each. Here one block of rows after the other is loaded, and
-all is done to it; its mask is drawn once for both D(x) and D'.
+all is done to it; its mask is drawn once for both D(x) and D'. A small layer is one block, and what
+is not needed is not called: there a call takes longer than its work.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
 
 from lora_core import dropout
 from lora_core.branch import Branch
 from lora_core.weights import blocks
 
-ELEMENTS = (
-    1 << 20
-)  # of the widest tensor in a block, for each thread: fewer, and calls cost too much
+ELEMENTS = 1 << 20  # of the widest tensor in a block, for each thread: fewer, and calls cost more
 ROWS = 128  # at least, as products of fewer rows are slow
 NARROW = 1 << 20  # elements of W up to which its product with g belongs to the block
 # Ranks from which products with wide matrices are fastest as they are written. Below, the CPU takes
-# up to six times as long as for the transposed product, which a transposed result asks for.
+# up to six times as long as for the transposed product.
 DOWN_FROM, UP_FROM = 16, 64
 EXACT = (torch.float32, torch.float64)  # blocks of narrower dtypes were not measured
 
@@ -33,18 +32,6 @@ def suits(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype in EXACT
 
 
-def has_values() -> bool:
-    """Whether tensors do: without, each operation takes equally long, and blocks have many."""
-    return detect_fake_mode() is None
-
-
-def empty_h(like: Tensor, rows: int, width: int) -> Tensor:
-    """Room for an h (rows, width), laid out as its product is fastest."""
-    if width < DOWN_FROM:
-        return like.new_empty(width, rows).t()
-    return like.new_empty(rows, width)
-
-
 class Adapter:
     """One branch of a call, from block to block of rows.
 
@@ -52,9 +39,6 @@ class Adapter:
         branch, seed: its scale, blocks and dropout, and the seed of its mask.
         A, B: its factors in the dtype of the computation.
         needs_A, needs_B: whose gradients `backward` sums.
-
-    Attributes:
-        dA, dB: these sums, (k r, di) and (rows, r); None where not asked for.
     """
 
     def __init__(
@@ -63,29 +47,32 @@ class Adapter:
         seed: int,
         A: Tensor,
         B: Tensor,
-        needs_A: bool,
-        needs_B: bool,
+        needs_A: bool = False,
+        needs_B: bool = False,
     ) -> None:
-        self.rows, self.p, self.A, self.B = branch.rows, branch.dropout, A, B
-        self.scale = branch.scale  # of products of M x, which is D(x) q
+        self.A, self.p, self.scale = A, branch.dropout, branch.scale
+        self.needs_A, self.needs_B = needs_A, needs_B
+        # Columns of h, columns of y, and B, of each block of a fused weight; None: all.
+        self._parts: list[tuple[slice | None, slice | None, Tensor]] = [(None, None, B)]
+        if branch.rows is not None:
+            parts = blocks(branch.rows, B.shape[1], 0)
+            self._parts = [(of_h, out, B[of_B]) for of_h, out, of_B in parts]
+        self._dA: Tensor | None = None
+        self._dB: list[Tensor | None] = [None] * len(self._parts)
         if self.p:
-            self.scale /= dropout.keep_probability(self.p)
-        self._memory = A.new_empty(2, 0, A.shape[1])
-        self._draw = dropout.draw_rows(seed, A.shape[1], A.device)
-        self.dA = torch.zeros_like(A) if needs_A else None
-        self.dB: Tensor | None = None
-        if needs_B:  # a transposed sum is of transposed products
-            r, wide = B.shape[1], B.shape[1] >= UP_FROM
-            self.dB = B.new_zeros(B.shape) if wide else B.new_zeros(r, len(B)).t()
+            self.scale /= dropout.keep_probability(self.p)  # of products of M x, which is q D(x)
+            self._draw = dropout.draw_rows(seed, A.shape[1], A.device)
+            self._room: Tensor | None = None  # as large as the first block, which is the largest
 
-    def add_to(self, y: Tensor, x: Tensor, h: Tensor | None) -> None:
-        """`y += s D(x) A^T B^T` for y (n, do) and x (n, di); writes `M x A^T` into h (n, k r)."""
-        h = self._down(self._kept(x, *self._room_and_bits(len(x))), h)
-        for part, out, of_B in blocks(self.rows, self.B.shape[1], y.shape[1]):
-            y[:, out].addmm_(h[:, part], self.B[of_B].t(), alpha=self.scale)
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """`y += s D(x) A^T B^T` for y (n, do) and x (n, di); gives `h = M x A^T` (n, k r)."""
+        h = self._down(self._kept(x, *self._room_and_bits(len(x))) if self.p else x)
+        for of_h, out, B in self._parts:
+            _columns(y, out).addmm_(_columns(h, of_h), B.t(), alpha=self.scale)
+        return h
 
     def backward(self, g: Tensor, x: Tensor | None, h: Tensor | None, dx: Tensor | None) -> None:
-        """Add this block's part to dA and dB, and `D'(s g B A)` to dx (n, di).
+        """Sum this block's part of dA and dB, and add `D'(s g B A)` to dx (n, di).
 
         Args:
             g: (n, do).
@@ -93,49 +80,85 @@ class Adapter:
             h: `M x A^T` where it was kept.
             dx: None where nothing is to be added.
         """
-        room, bits = self._room_and_bits(len(g))
-        kept = None if x is None else self._kept(x, room, bits)
-        if self.dB is not None:
+        if self.p:
+            room, bits = self._room_and_bits(len(g))
+            x = None if x is None else self._kept(x, room, bits)
+        if self.needs_B:
             if h is None:
-                assert kept is not None
-                h = self._down(kept)
-            for part, out, of_B in blocks(self.rows, self.B.shape[1], g.shape[1]):
-                self.dB[of_B].addmm_(g[:, out].t(), h[:, part], alpha=self.scale)
-        if self.dA is None and dx is None:
+                assert x is not None
+                h = self._down(x)
+            for i, (of_h, out, B) in enumerate(self._parts):
+                wide, narrow = _columns(g, out), _columns(h, of_h)
+                if B.shape[1] < UP_FROM:
+                    self._dB[i] = _sum(self._dB[i], narrow.t(), wide)
+                else:
+                    self._dB[i] = _sum(self._dB[i], wide.t(), narrow)
+        if not self.needs_A and dx is None:
             return
-        dh = empty_h(g, len(g), len(self.A))
-        for part, out, of_B in blocks(self.rows, self.B.shape[1], g.shape[1]):
-            torch.mm(g[:, out], self.B[of_B], out=dh[:, part])
-        if self.dA is not None and kept is not None:
-            self.dA.addmm_(dh.t(), kept, alpha=self.scale)
-        if dx is not None and self.p:
+        dh = self._down_gradient(g)
+        if self.needs_A:
+            assert x is not None
+            self._dA = _sum(self._dA, dh.t(), x)
+        if dx is None:
+            return
+        if self.p:
             dx.add_(self._kept(torch.mm(dh, self.A, out=room), room, bits), alpha=self.scale)
-        elif dx is not None:
+        else:
             dx.addmm_(dh, self.A, alpha=self.scale)
 
-    def _down(self, kept: Tensor, h: Tensor | None = None) -> Tensor:
-        h = empty_h(kept, len(kept), len(self.A)) if h is None else h
-        return torch.mm(kept, self.A.t(), out=h)
+    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """dA (k r, di) and dB (rows, r) of all blocks of rows; None where not asked for."""
+        dA = dB = None
+        if self.needs_A:
+            dA = torch.zeros_like(self.A) if self._dA is None else self._dA.mul_(self.scale)
+        if self.needs_B:
+            sums = [
+                torch.zeros_like(B) if dB is None else dB.t() if B.shape[1] < UP_FROM else dB
+                for (_, _, B), dB in zip(self._parts, self._dB, strict=True)
+            ]
+            dB = _joined(sums, 0).mul_(self.scale)
+        return dA, dB
+
+    def _down(self, kept: Tensor) -> Tensor:
+        """`h = M x A^T`."""
+        if len(self.A) < DOWN_FROM:
+            return (self.A @ kept.t()).t()
+        return kept @ self.A.t()
+
+    def _down_gradient(self, g: Tensor) -> Tensor:
+        """`g B`, not scaled: (n, do) -> (n, k r)."""
+        parts = [(_columns(g, out), B) for _, out, B in self._parts]
+        if len(self.A) < DOWN_FROM:
+            return _joined([B.t() @ part.t() for part, B in parts], 0).t()
+        return _joined([part @ B for part, B in parts], 1)
 
     def _room_and_bits(self, rows: int) -> tuple[Tensor, Tensor]:
         """Memory for M x, which stays in the cache from block to block, and the next rows' bits."""
-        if not self.p:
-            return self._memory, self._memory
-        if self._memory.shape[1] < rows:
-            self._memory = self.A.new_empty(2, rows, self.A.shape[1])
-        room, bits = self._memory[:, :rows]
+        if self._room is None:
+            self._room, self._bits = (self.A.new_empty(rows, self.A.shape[1]) for _ in range(2))
+        room, bits = self._room, self._bits
+        if len(room) != rows:
+            room, bits = room[:rows], bits[:rows]
         return room, bits.copy_(self._draw(rows))
 
     def _kept(self, t: Tensor, room: Tensor, bits: Tensor) -> Tensor:
-        """M t."""
-        return dropout.keep_in(room, t, bits, self.p) if self.p else t
+        """M t, in the room."""
+        return dropout.keep_in(room, t, bits, self.p)
 
 
-def forward(adapters: Sequence[Adapter], x: Tensor, y: Tensor, hs: Sequence[Tensor | None]) -> None:
-    """Add what the adapters give for x (N, di) to y (N, do) in place; fill each h (N, k r)."""
+def forward(adapters: Sequence[Adapter], x: Tensor, y: Tensor) -> list[Tensor]:
+    """Add what the adapters give for x (N, di) to y (N, do) in place; gives each h (N, k r)."""
+    made: list[list[Tensor]] = [[] for _ in adapters]
     for rows in _row_blocks(x, y):
-        for adapter, h in zip(adapters, hs, strict=True):
-            adapter.add_to(y[rows], x[rows], _part(h, rows))
+        x_part, y_part = _rows(x, rows), _rows(y, rows)
+        for adapter, parts in zip(adapters, made, strict=True):
+            parts.append(adapter.add_to(y_part, x_part))
+    return [parts[0] if len(parts) == 1 else laid_out(torch.cat(parts)) for parts in made]
+
+
+def laid_out(h: Tensor) -> Tensor:
+    """h (N, k r) in the memory layout in which blocks have it, so that sums are rounded alike."""
+    return h.t().contiguous().t() if h.shape[1] < DOWN_FROM else h
 
 
 def backward(
@@ -153,31 +176,44 @@ def backward(
         x: (N, di); None where no adapter needs it.
         hs: of each adapter, where kept.
         base: what g is multiplied with for dx, (do, di); None: no dx.
-        add: whether dx has what the adapters give yet to be added.
+        add: whether what the adapters give has yet to be added to that.
     """
-    dx = narrow = None
-    if base is not None and base.numel() <= NARROW:
-        dx, narrow = g.new_empty(len(g), base.shape[1]), base
-    elif base is not None:
-        dx = g @ base
+    dx = None
+    in_blocks = base is not None and base.numel() <= NARROW
+    if base is not None:
+        dx = g.new_empty(len(g), base.shape[1]) if in_blocks else g @ base
     for rows in _row_blocks(g, adapters[0].A):
-        if narrow is not None and dx is not None:
-            torch.mm(g[rows], narrow, out=dx[rows])
+        g_part, x_part, dx_part = _rows(g, rows), _rows(x, rows), _rows(dx, rows)
+        if in_blocks and base is not None:
+            torch.mm(g_part, base, out=dx_part)
         for adapter, h in zip(adapters, hs, strict=True):
-            adapter.backward(
-                g[rows], _part(x, rows), _part(h, rows), _part(dx, rows) if add else None
-            )
+            adapter.backward(g_part, x_part, _rows(h, rows), dx_part if add else None)
     return dx
 
 
-def _part(t: Tensor | None, rows: slice) -> Tensor | None:
-    return None if t is None else t[rows]
-
-
-def _row_blocks(rows: Tensor, other: Tensor) -> Iterator[slice]:
-    """Of (N, ..), for a layer as wide as the wider of both."""
+def _row_blocks(rows: Tensor, other: Tensor) -> Iterator[slice | None]:
+    """Of (N, ..), for a layer as wide as the wider of both; None: all rows are one block."""
     widest = max(1, rows.shape[1], other.shape[1])
     step = max(ROWS, ELEMENTS * torch.get_num_threads() // widest)
     step = -(-step // 4) * 4  # as `dropout.draw_rows` wants it
-    for start in range(0, len(rows), step):
-        yield slice(start, min(start + step, len(rows)))
+    if len(rows) <= step:
+        yield None
+    else:
+        for start in range(0, len(rows), step):
+            yield slice(start, min(start + step, len(rows)))
+
+
+def _rows(t: Any, rows: slice | None) -> Any:
+    return t if t is None or rows is None else t[rows]
+
+
+def _columns(t: Tensor, columns: slice | None) -> Tensor:
+    return t if columns is None else t[:, columns]
+
+
+def _sum(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    return a @ b if total is None else total.addmm_(a, b)
+
+
+def _joined(parts: Sequence[Tensor], axis: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), axis)
