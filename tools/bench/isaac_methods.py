@@ -40,9 +40,9 @@ class Case:
     tower_layers: int = 2
     vocabulary: int = 4096
     samples: int = 1
-    tokens: int = 256
-    labels: int = 32
-    side: int = 16
+    tokens: int = 1024
+    labels: int = 128
+    side: int = 32
     cached: bool = False
     rank: int = 128
     dropout: float = 0.05

@@ -52,8 +52,8 @@ class Case:
     width: int = 2048
     layers: int = 3
     instances: int = 2
-    tokens: int = 128
-    picture_tokens: int = 82
+    tokens: int = 512
+    picture_tokens: int = 325
     rank: int = 16
     dropout: float = 0.1
     precision: str = "fp32"

@@ -34,7 +34,7 @@ class Case:
     """
 
     variant: str = "tiny"
-    size: int = 512
+    size: int = 1024
     pictures: int = 1
     objects: int = 1
     targets: str = "default"
@@ -64,8 +64,9 @@ class Case:
 
 CASES = {
     "fp32": Case(),
-    "fp32, no dropout": Case(dropout=0.0),
-    "fp32, decoder": Case(targets="decoder"),
+    "fp32, 512 pixels": Case(size=512),
+    "fp32, 512, no dropout": Case(size=512, dropout=0.0),
+    "fp32, 512, decoder": Case(size=512, targets="decoder"),
     "autocast": Case(precision="autocast"),
 }
 VARIANTS: Mapping[str, dict[str, Any]] = {

@@ -37,7 +37,7 @@ class Case:
         cached: the text features are given.
     """
 
-    size: int = 336
+    size: int = 1008
     vision_layers: int = 4
     text_layers: int = 3
     detr_layers: int = 1
@@ -69,11 +69,12 @@ class Case:
 
 CASES = {
     "fp32": Case(),
-    "fp32, no dropout": Case(dropout=0.0),
-    "fp32, stock": Case(stock=True),
-    "autocast": Case(precision="autocast"),
-    "bf16 encoder": Case(precision="bf16"),
-    "autocast, stock": Case(precision="autocast", stock=True),
+    "fp32, 336 pixels": Case(size=336),
+    "fp32, 336, no dropout": Case(size=336, dropout=0.0),
+    "fp32, 336, stock": Case(size=336, stock=True),
+    "autocast": Case(size=336, precision="autocast"),
+    "bf16 encoder": Case(size=336, precision="bf16"),
+    "autocast, stock": Case(size=336, precision="autocast", stock=True),
 }
 VARIANTS: Mapping[str, dict[str, Any]] = {
     "checkpointed": {"checkpointing": True},

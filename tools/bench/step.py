@@ -1,20 +1,20 @@
 """What one training step of each package costs, by method: seconds, peak memory, kept bytes.
 
     OMP_NUM_THREADS=1 python tools/bench/step.py --rounds 5 --json docs/benchmarks/step.json
-    OMP_NUM_THREADS=1 python tools/bench/step.py sam3 --cases "fp32, stock" --methods floor PEFT
-    OMP_NUM_THREADS=1 python tools/bench/step.py isaac --set tokens=512 layers=3
+    OMP_NUM_THREADS=1 python tools/bench/step.py sam3 --cases "fp32, 336, stock" --methods floor PEFT
+    OMP_NUM_THREADS=1 python tools/bench/step.py isaac --set tokens=2048 layers=3
     python tools/bench/step.py sam2 midi3d --threads 2
 
 Networks have the published widths, random weights, the guide's targets, rank and dropout, the
 package's loss and AdamW. Scaled are, of
 
-    sam2        nothing: the tiny variant; pictures of 512 pixels (1024 as published), one object
+    sam2        nothing: the tiny variant, one object; more cases have 512 pixels in place of 1024
     sam3        depth: 4 of 32 blocks of the image encoder, 3 of 24 text layers, 1 of 6 detector
-                layers; pictures of 336 pixels (1008), windows alike; one picture, two phrases
+                layers; one picture, two phrases; more cases have 336 pixels in place of 1008
     scenesplat  nothing: the language model; a room of about 1,800 voxels
-    midi3d      depth: 3 of 21 blocks; tokens of latents and pictures: a sixteenth; two instances
+    midi3d      depth: 3 of 21 blocks; tokens of latents and pictures: a quarter; two instances
     isaac       depth: 2 of 28 layers, 2 of 27 of the vision tower; 4,096 of 151,936 words; one
-                conversation of 256 tokens, 64 of a picture, 32 labels
+                conversation of 1,024 tokens, 256 of a picture, 128 labels
 
 A package's first case, in fp32 with the guide's settings, has all methods, the others have the
 first three:
