@@ -1,7 +1,7 @@
 """What one training step of each package costs, by method: seconds, peak memory, kept bytes.
 
     OMP_NUM_THREADS=1 python tools/bench/step.py --rounds 5 --json docs/benchmarks/step.json
-    OMP_NUM_THREADS=1 python tools/bench/step.py sam3 --cases "fp32, 336, stock" --methods floor PEFT
+    python tools/bench/step.py sam3 --cases "fp32, 336, stock" --methods floor PEFT
     OMP_NUM_THREADS=1 python tools/bench/step.py isaac --set tokens=2048 layers=3
     python tools/bench/step.py sam2 midi3d --threads 2
 
