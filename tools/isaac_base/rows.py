@@ -46,7 +46,7 @@ class Rows:
         """The model's inputs, B rows.
 
         Args:
-            pictures: patches f32 [N, 3 p²] of each.
+            pictures: patches uint8 [N, 3 p²] of each.
             asked: questions of each, everywhere the same number of them.
         """
         shared = self._shared(self.sample(asked[0][0]))
