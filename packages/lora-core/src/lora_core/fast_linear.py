@@ -147,8 +147,8 @@ def forward(
     y = F.linear(x, weight, bias).contiguous()
     x_rows, y_rows = _as_rows(x, call.dtype), y.view(-1, y.shape[-1])
     if call.in_blocks(x):
-        made = row_blocks.forward(_adapters(call, factors), x_rows, y_rows)
-        return y, list(made) if call.keeps_h else hs
+        adapters = _adapters(call, factors)
+        return y, row_blocks.forward(adapters, x_rows, y_rows, keep=call.keeps_h)
     for i, (branch, seed) in enumerate(zip(call.branches, call.seeds, strict=True)):
         A, B = (factor.to(call.dtype) for factor in factors[2 * i : 2 * i + 2])
         h = _down(x_rows, A, branch, seed)

@@ -146,13 +146,22 @@ class Adapter:
         return dropout.keep_in(room, t, bits, self.p)
 
 
-def forward(adapters: Sequence[Adapter], x: Tensor, y: Tensor) -> list[Tensor]:
-    """Add what the adapters give for x (N, di) to y (N, do) in place; gives each h (N, k r)."""
+def forward(
+    adapters: Sequence[Adapter], x: Tensor, y: Tensor, *, keep: bool
+) -> list[Tensor | None]:
+    """Add what the adapters give for x (N, di) to y (N, do) in place; gives each h (N, k r).
+
+    Without `keep` None in its place: the parts of h end with their blocks.
+    """
     made: list[list[Tensor]] = [[] for _ in adapters]
     for rows in _row_blocks(x, y):
         x_part, y_part = _rows(x, rows), _rows(y, rows)
         for adapter, parts in zip(adapters, made, strict=True):
-            parts.append(adapter.add_to(y_part, x_part))
+            h = adapter.add_to(y_part, x_part)
+            if keep:
+                parts.append(h)
+    if not keep:
+        return [None] * len(made)
     return [parts[0] if len(parts) == 1 else laid_out(torch.cat(parts)) for parts in made]
 
 
