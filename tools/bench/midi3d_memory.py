@@ -7,10 +7,9 @@ activations in bf16, LoRA of rank 16 with dropout 0.1 on the default layers, lat
 embeddings (2048 and 1297 tokens) from the cache. A row is an instance. On a GPU come on top the
 CUDA context, workspaces of libraries and fragmentation, about 1 GB.
 
-`lora_core.memory` follows the CPU's code paths. Three things are otherwise on a GPU, and are so
-here too, unless `--cpu` is given: the RMS norm is one kernel that keeps its input instead of a copy
-in fp32, LayerNorm has its statistics in fp32, from which adapters make their input again, and
-masks are drawn in larger blocks.
+`lora_core.memory` follows the CPU's code paths. Two things are otherwise on a GPU, and are so here
+too, unless `--cpu` is given: the RMS norm is one kernel that keeps its input instead of a copy in
+fp32, and LayerNorm has its statistics in fp32, from which adapters make their input again.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from results import Table, publish
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_core import dropout, remade
+from lora_core import remade
 from lora_core.memory import Estimate, estimate
 
 GB = 1e9
@@ -60,7 +59,6 @@ def as_on_gpu() -> Iterator[None]:
     with (
         patch.object(F, "rms_norm", FusedRMSNorm.apply),
         patch.dict(remade._OPERATIONS, {"NativeLayerNormBackward0": layer_norm}),
-        patch.object(dropout, "CPU_BLOCK", dropout.DEVICE_BLOCK),
     ):
         yield
 

@@ -370,8 +370,8 @@ TAMPERED = {
     "layer_missing": (without("blocks.1.proj"), ["blocks.1.proj: its tensors are missing"]),
     "factor_missing": (without("blocks.1.proj.lora_A"), ["blocks.1.proj.lora_A.weight is missing"]),
     "no_layers": (without("blocks"), ["no tensors at all"]),
-    "nan": (with_value(float("nan")), ["1 values are NaN or infinite"]),
-    "inf": (with_value(float("-inf")), ["1 values are NaN or infinite"]),
+    "nan": (with_value(float("nan")), ["1 of 24 values are NaN or infinite"]),
+    "inf": (with_value(float("-inf")), ["1 of 24 values are NaN or infinite"]),
     "alpha_zero": (lambda config, _: config.update(lora_alpha=0), ["alpha"]),
     "unknown_type": (lambda config, _: config.update(peft_type="VERA"), ["'VERA'", "PEFT 0.21.2"]),
     "newer_version": (

@@ -9,6 +9,7 @@ from torch.autograd import gradcheck
 from lora_core import dropout, fast_linear, row_blocks
 from lora_core.functional import Branch, lora_linear
 from lora_core.memory import saved_bytes
+from lora_core.weights import delta
 
 SLICES = ((0, 3), (5, 6))
 N, DI, DO, R = 300, 5, 7, 2  # many rows for few inputs and outputs
@@ -48,9 +49,13 @@ def passes(tensors, rows=None, p=0.0, bias=True):
     x, W, b, A, B = tensors
     y = lora_linear(x, W, b if bias else None, [Branch(A, B, 0.7, rows, p, seed=11)])
     asked = [t for t in (x, *([b] if bias else []), A, B) if t.requires_grad]
+    return [y.detach(), *torch.autograd.grad(y, asked, gradient_of(y))]
+
+
+def gradient_of(y):
+    """The same whole numbers in each dtype."""
     generator = torch.Generator().manual_seed(3)
-    g = torch.randn(y.shape, generator=generator, dtype=y.dtype)
-    return [y.detach(), *torch.autograd.grad(y, asked, g)]
+    return torch.randint(-8, 9, y.shape, generator=generator).to(y.dtype)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
@@ -92,15 +97,11 @@ def test_products_with_wide_ranks_are_those_with_narrow_ones(p, rows, monkeypatc
 @pytest.mark.parametrize("rows", [None, SLICES, ((4, 7), (0, 2))])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("frozen", [None, 0, 3, 4])  # nothing, x, A, B
-def test_blocks_of_rows_give_what_one_piece_gives(frozen, p, rows, way, monkeypatch):
+def test_blocks_of_rows_give_what_autograd_gives(frozen, p, rows, way, monkeypatch):
     tensors = layer(rows)
     if frozen is not None:
         tensors[frozen].requires_grad_(False)
-    if way == "low-rank":
-        monkeypatch.setattr(fast_linear, "MERGED_FROM", math.inf)
-    monkeypatch.setattr(fast_linear.Call, "in_blocks", lambda call, t: False)
-    whole = passes(tensors, rows, p)
-    monkeypatch.undo()
+    expected = plain_passes(tensors, rows, p)
     if way == "low-rank":
         monkeypatch.setattr(fast_linear, "MERGED_FROM", math.inf)
     blocks = counted_blocks(monkeypatch)
@@ -108,9 +109,53 @@ def test_blocks_of_rows_give_what_one_piece_gives(frozen, p, rows, way, monkeypa
         monkeypatch.setattr(row_blocks, "ELEMENTS", 1)
         monkeypatch.setattr(row_blocks, "ROWS", least)
         monkeypatch.setattr(row_blocks, "NARROW", narrow)
-        for one, other in zip(passes(tensors, rows, p), whole, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+        assert_all_close(passes(tensors, rows, p), expected)
     assert set(blocks) == {300, 40, 20}
+
+
+@pytest.mark.parametrize("rows", [None, SLICES])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_products_as_on_other_devices_give_what_autograd_gives(p, rows, monkeypatch):
+    """One piece without dropout, and products as they are written."""
+    tensors = layer(rows)
+    monkeypatch.setattr(row_blocks, "measured", lambda device, dtype: False)
+    blocks = counted_blocks(monkeypatch)
+    for least in (300, 37):
+        monkeypatch.setattr(row_blocks, "ELEMENTS", 1)
+        monkeypatch.setattr(row_blocks, "ROWS", least)
+        assert_all_close(passes(tensors, rows, p), plain_passes(tensors, rows, p))
+    assert set(blocks) == ({300, 40, 20} if p else {300})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_in_half_precision_are_summed_over_blocks_in_fp32(dtype, monkeypatch):
+    tensors = layer(None, dtype, torch.float32)
+    exact = [t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
+    *_, dA, dB = plain_passes(exact, None, 0.3)
+    errors = []
+    for least in (N, 4):
+        monkeypatch.setattr(row_blocks, "ELEMENTS", 1)
+        monkeypatch.setattr(row_blocks, "ROWS", least)
+        *_, found_A, found_B = passes(tensors, None, 0.3)
+        assert found_A.dtype == found_B.dtype == torch.float32
+        errors.append(((found_A - dA).norm() / dA.norm(), (found_B - dB).norm() / dB.norm()))
+    eps = torch.finfo(dtype).eps
+    assert max(max(error) for error in errors) < 2 * eps
+
+
+def plain_passes(tensors, rows, p):
+    """`passes` by autograd, with the same mask."""
+    x, W, b, A, B = tensors
+    bits = torch.cat([bits for _, bits in dropout.random_bits(11, N, DI, x.device)])
+    mask = (bits > dropout.threshold(p)).double() / dropout.keep_probability(p) if p else 1
+    y = x @ W.t() + b + (x * mask) @ delta(A, B, 0.7, W.shape, rows).t()
+    asked = [t for t in (x, b, A, B) if t.requires_grad]
+    return [y.detach(), *torch.autograd.grad(y, asked, gradient_of(y))]
+
+
+def assert_all_close(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 def counted_blocks(monkeypatch):
@@ -119,9 +164,9 @@ def counted_blocks(monkeypatch):
     original = row_blocks._row_blocks
 
     def counted(*words):
-        for rows in original(*words):
-            seen.append(N if rows is None else rows.stop - rows.start)
-            yield rows
+        found = original(*words)
+        seen.extend(N if rows is None else rows.stop - rows.start for rows in found)
+        return found
 
     monkeypatch.setattr(row_blocks, "_row_blocks", counted)
     return seen

@@ -1,5 +1,6 @@
 """The mathematics: derivatives, dropout, what is kept for the backward pass, dtypes, shapes."""
 
+import itertools
 import math
 from functools import partial
 
@@ -240,6 +241,15 @@ def test_every_bit_lane_of_the_mask_is_random():
     assert ((rates - 0.5).abs() < 4 * 0.5 / math.sqrt(keep.numel() / 4)).all()
 
 
+@pytest.mark.parametrize("first", [0, 2**61])
+def test_masks_of_neighbouring_seeds_have_nothing_in_common(first):
+    masks = [mask(first + i, 0.5, 512, 64) for i in range(6)]
+    n = masks[0].numel()
+    for one, other in itertools.combinations(masks, 2):
+        assert abs(int((one == other).sum()) - n / 2) < 4.5 * math.sqrt(n / 4)
+        assert abs(int((one[:-1] == other[1:]).sum()) - (n - 64) / 2) < 4.5 * math.sqrt(n / 4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.999])
 def test_what_is_kept_is_the_product_with_the_mask(dtype, p):
@@ -250,7 +260,7 @@ def test_what_is_kept_is_the_product_with_the_mask(dtype, p):
     assert 0 < keep.sum() < keep.numel()
     for t, at in ((x, keep), (x[:, 3:], keep[:, 3:]), (x.t(), keep.t())):
         part = bits[:, 3:] if t.shape[1] == 77 else bits.t() if t.shape[0] == 80 else bits
-        found = dropout.kept(t, part, p)
+        found = dropout.kept(t, dropout.as_factors(part, dtype, p), p)
         assert found.dtype == dtype
         assert torch.equal(found, t * at)
 
@@ -259,7 +269,8 @@ def test_every_value_of_the_bits_falls_on_its_side_of_the_threshold():
     bits = torch.arange(-32768, 32768).to(torch.int16)[None]
     for p in (2**-16, 0.1, 0.5, 1 - 2**-16):
         for dtype in (torch.bfloat16, torch.float32):
-            found = dropout.kept(torch.ones(1, 65536, dtype=dtype), bits, p)
+            factors = dropout.as_factors(bits, dtype, p)
+            found = dropout.kept(torch.ones(1, 65536, dtype=dtype), factors, p)
             assert int(found.sum(dtype=torch.int64)) == dropout.keep_count(p)
             assert torch.equal(found[0] != 0, bits[0].int() > dropout.threshold(p))
 

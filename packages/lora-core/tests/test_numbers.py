@@ -131,7 +131,7 @@ def test_what_is_not_finite_stops_before_any_weight_or_moment_is_touched(
     expected = "the loss is not finite" if where == "loss" else "the loss is finite, its gradient"
     assert expected in text
     if where == "gradient":
-        assert "1 gradients are not finite: 3.lora_B.default.weight" in text
+        assert "1 gradient not finite: 3.lora_B.default.weight" in text
     moments = kept.pop("moments")
     now = [m for s in made.plain_optimizer().state.values() for m in s.values()]
     assert all(torch.equal(a, b) for a, b in zip(moments, now, strict=True))
@@ -281,7 +281,7 @@ def test_dropped_updates_leave_weights_and_moments_and_are_counted(tmp_path, whe
     out = capsys.readouterr().out
     assert "step 3: the loss is" in out
     assert "Update dropped (1 of at most 10)" in out
-    assert "2 updates were dropped, their loss or gradient was not finite: 3, 11" in out
+    assert "2 updates dropped, as the loss or its gradient was not finite: 3, 11" in out
     assert all(math.isfinite(float(row["loss"])) for row in rows(tmp_path))
     assert [row["step"] for row in rows(tmp_path)] == ["4", "8", "12", "16", "20", "23"]
 

@@ -69,9 +69,9 @@ def test_a_list_that_leads_nowhere_is_told_before_a_shard_is_opened(index, conte
 
 
 def test_shards_must_hold_what_their_list_says(index):
-    with pytest.raises(CheckpointError, match="differ in 1 tensors: d"):
+    with pytest.raises(CheckpointError, match="differ in 1 tensor: d"):
         read_weights(find_shards(listed(index, PLACES | {"d": "one.safetensors"})))
-    with pytest.raises(CheckpointError, match="differ in 1 tensors: b"):
+    with pytest.raises(CheckpointError, match="differ in 1 tensor: b"):
         read_weights(find_shards(listed(index, PLACES | {"b": "two.safetensors"})))
     save_file({"a": STATE["a"]}, index.parent / "two.safetensors")
     with pytest.raises(CheckpointError, match=r"two\.safetensors and one\.safetensors both have a"):

@@ -235,7 +235,7 @@ def test_shards_must_be_those_of_their_list(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="names files of other folders"):
         find_weights(folder)
     listed({"more.weight": first})
-    with pytest.raises(CheckpointError, match=r"differ in 1 tensors: more\.weight"):
+    with pytest.raises(CheckpointError, match=r"differ in 1 tensor: more\.weight"):
         loaded(folder)
     listed({})
     shutil.copy(folder / first, folder / "twice.safetensors")

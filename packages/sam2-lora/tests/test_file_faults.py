@@ -153,7 +153,7 @@ def test_a_base_with_a_missing_or_broken_tensor_never_runs(work: Path, refused: 
     for value in (float("nan"), float("inf")):
         broken = tensors | {name: torch.full_like(tensors[name], value)}
         official.write_official("other.safetensors", broken)
-        text = f"1 tensors hold NaN or infinite values ({name})"
+        text = f"NaN or infinite values in 1 tensor ({name})"
         refused("predict", text, base="other.safetensors", adapter=None)
 
 

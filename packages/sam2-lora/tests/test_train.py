@@ -393,7 +393,7 @@ def test_a_loss_that_is_not_finite_names_the_pictures_and_can_be_left_out(
         assert main(argv) == 0
     summary = json.loads((run_folder(tmp_path / "b") / "training_summary.json").read_text())
     assert summary["dropped_updates"] == [2]
-    assert "1 updates were dropped" in capsys.readouterr().out
+    assert "1 update dropped" in capsys.readouterr().out
 
 
 @pytest.mark.fault("R11")

@@ -321,7 +321,7 @@ def test_pictures_that_can_be_asked_nothing_are_left_out(tmp_path: Path) -> None
     assert len(load(config(tmp_path / "train")).train) == 4
     splits = load(config(tmp_path / "train", max_negatives=0))
     assert [record.key for record in splits.train.records] == ["0.png", "1.png"]
-    assert "2 pictures of train that can be asked nothing are left out" in splits.notes
+    assert "2 pictures of train left out that can be asked nothing" in splits.notes
     assert any("train asks for nothing in vain" in note for note in splits.notes)
 
 
@@ -510,7 +510,7 @@ def test_other_words_for_categories_are_asked(tmp_path: Path) -> None:
 def test_long_phrases_are_noted(tokenizer: Tokenizer) -> None:
     assert notes_on_length(["bolt", "nut " * 30], tokenizer) == []
     (note,) = notes_on_length(["bolt", "nut " * 31], tokenizer)
-    assert note.startswith("1 phrases are cut to 32 tokens, such as 'nut nut")
+    assert note.startswith("1 phrase cut to 32 tokens, such as 'nut nut")
 
 
 def test_the_table_tells_what_there_is(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_files_and_table_hold_both_models_and_what_was_passed_over(
         "found of absent concepts",
         "category 'things' has no annotation",
         "1 crowd regions left out (--keep_crowd)",
-        "1 phrases that the adapter was not trained on, such as washer",
+        "1 phrase that the adapter was not trained on, such as washer",
         "1 queries with objects without a mask left out",
     ):
         assert text in said

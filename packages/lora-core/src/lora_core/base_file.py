@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_core.errors import CheckpointError
-from lora_core.report import say
+from lora_core.report import plural, say
 from lora_core.tensor_file import open_checkpoint, read_safetensors, read_torch
 
 SUFFIXES = frozenset({".pt", ".pth", ".torch", ".safetensors"})
@@ -241,8 +241,8 @@ def refuse_nan(path: Path, tensors: Mapping[str, Tensor]) -> None:
     ]
     if bad:
         raise CheckpointError(
-            f"{path}: {len(bad)} tensors hold NaN or infinite values ({some(bad)}): copy or "
-            "download it again"
+            f"{path}: NaN or infinite values in {plural(len(bad), 'tensor')} ({some(bad)}): copy "
+            "or download it again"
         )
 
 

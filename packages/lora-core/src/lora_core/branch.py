@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +11,7 @@ from lora_core import dropout
 from lora_core.weights import Rows
 
 
-@dataclass(frozen=True)
-class Branch:
+class Branch(NamedTuple):
     """One adapter of one weight.
 
     Attributes:
@@ -48,3 +47,8 @@ def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     ):
         return torch.get_autocast_dtype(device)
     return weight.dtype
+
+
+def in_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """`t.to(dtype)`, which in a small layer takes as long as a product even if nothing changes."""
+    return t if t.dtype == dtype else t.to(dtype)

@@ -176,7 +176,7 @@ def _linear_backward(
     hs: list[Tensor | None] = [None] * len(call.branches)
     if h is not None and keeps_h:
         for i, part in enumerate(h.split([len(A) for A in factors[::2]], 1)):
-            hs[i] = laid_out(part) if call.in_blocks(g) else part
+            hs[i] = laid_out(part)
     asked = Needs(needs[0], needs[1], needs[2], needs[3:])
     found = backward(call, asked, g, x, weight, factors, hs)
     return [g.new_empty(0) if grad is None else grad.contiguous() for grad in found]

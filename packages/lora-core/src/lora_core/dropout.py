@@ -13,13 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-_threshold_backward = torch.ops.aten.threshold_backward.grad_input
+_threshold_backward = torch.ops.aten.threshold_backward.default
+_threshold_backward_in = torch.ops.aten.threshold_backward.grad_input
 
 CPU_BLOCK = 1 << 17  # elements per block and thread: mask and rows stay in its core's cache
 CPU_ROWS = 128  # at least, as products of fewer rows are slow
@@ -74,7 +76,8 @@ def random_bits(
 def draw_rows(seed: int, columns: int, device: torch.device) -> Callable[[int], Tensor]:
     """Draws the bits of so many rows more, int16 (n, columns); n is a multiple of 4 until the last.
 
-    They are those of `random_bits`, and where the seed, columns and device are, the same.
+    The same seed and columns give the same bits; on the CPU however many rows are drawn at a time,
+    elsewhere in the same steps.
     """
     if device.type == "cpu" and has_values():
         return _rows_of_numpy(seed, columns)
@@ -92,7 +95,7 @@ def draw_rows(seed: int, columns: int, device: torch.device) -> Callable[[int], 
 
 def _rows_of_numpy(seed: int, columns: int) -> Callable[[int], Tensor]:
     """`draw_rows` on the CPU, where SFC64 takes half the time of torch's generator."""
-    generator = np.random.SFC64(seed)
+    generator = np.random.SFC64(_Seed(seed))  # type: ignore[arg-type]  # numpy's notes allow it
 
     def draw(rows: int) -> Tensor:
         count = rows * columns
@@ -102,65 +105,60 @@ def _rows_of_numpy(seed: int, columns: int) -> Callable[[int], Tensor]:
     return draw
 
 
+class _Seed(ISeedSequence):
+    """A whole number as the three words of SFC64's state, as its author seeds it from one word.
+
+    The generator throws its first twelve words away. numpy's own way of seeding takes as long as
+    a small layer's products.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint64) -> np.ndarray[Any, Any]:
+        return np.array([self._seed] * n_words, dtype)
+
+
 def threshold(p: float) -> int:
     """t of the mask `M = bits > t`, which keeps K of the 65536 values that 16 bits have."""
     return 32767 - keep_count(p)
 
 
-def kept(x: Tensor, bits: Tensor, p: float) -> Tensor:
-    """`M x`, not divided by q; x and int16 bits of one shape.
+def as_factors(bits: Tensor, dtype: torch.dtype, p: float, room: Tensor | None = None) -> Tensor:
+    """Random bits in the form in which `kept` takes them for x of this dtype.
+
+    Args:
+        room: an earlier result of the same shape that may be overwritten.
+    """
+    if bits.device.type != "cpu":
+        return torch.gt(bits, threshold(p), out=room)
+    if dtype.itemsize == 2:
+        return bits
+    return bits.to(dtype) if room is None else room.copy_(bits)
+
+
+def kept(x: Tensor, factors: Tensor, p: float, room: Tensor | None = None) -> Tensor:
+    """`M x`, not divided by q; x and `as_factors` of one shape.
 
     On the CPU in one pass: `threshold_backward(x, bits, t)` is x where bits > t, else 0. It needs
     both in one type; 16-bit floats are therefore read as integers, of which 0 is 0.0 too.
     Multiplying by a bool mask there costs three passes, one of them to turn it into numbers.
+
+    Args:
+        room: what the result is written into, which x may be; None: a new tensor.
     """
     if x.device.type != "cpu":
-        return x * (bits > threshold(p))
+        return torch.mul(x, factors, out=room)
     if x.element_size() == 2:
-        whole = torch.ops.aten.threshold_backward(x.view(torch.int16), bits, threshold(p))
-        return whole.view(x.dtype)
-    return torch.ops.aten.threshold_backward(x, bits.to(x.dtype), threshold(p))
+        whole = None if room is None else room.view(torch.int16)
+        return _where_above(x.view(torch.int16), factors, p, whole).view(x.dtype)
+    return _where_above(x, factors, p, room)
 
 
-def keep_in(room: Tensor, x: Tensor, bits: Tensor, p: float) -> Tensor:
-    """`kept` on the CPU, written into room, which x may be; all of one floating-point dtype."""
-    return _threshold_backward(x, bits, threshold(p), grad_input=room)
-
-
-def dropped_product(x: Tensor, A: Tensor, p: float, seed: int) -> Tensor:
-    """`h = D(x) A^T`: x (N, di), A (r, di) -> (N, r)."""
-    h = x.new_empty(x.shape[0], A.shape[0])
-    for rows, bits in random_bits(seed, x.shape[0], x.shape[1], x.device):
-        torch.mm(kept(x[rows], bits, p), A.t(), out=h[rows])
-    return h.mul_(1 / keep_probability(p))
-
-
-def dropped_product_backward(
-    dh: Tensor, x: Tensor | None, A: Tensor, dx: Tensor | None, p: float, seed: int
-) -> Tensor | None:
-    """Backward of `dropped_product` for dh (N, r): adds to dx in place, returns dA.
-
-    `dA = dh^T D(x)` summed over blocks in fp32 at least; `dx += M/q * (dh A)`. x None: no dA;
-    dx None: x needs no gradient.
-    """
-    dh = dh / keep_probability(p)
-    dA = None
-    if x is not None:
-        dA = A.new_zeros(A.shape, dtype=torch.promote_types(A.dtype, torch.float32))
-    for rows, bits in random_bits(seed, dh.shape[0], A.shape[1], dh.device):
-        if dA is not None and x is not None:
-            accumulate(dA, dh[rows].t(), kept(x[rows], bits, p))
-        if dx is not None:
-            dx[rows].add_(kept(dh[rows] @ A, bits, p))  # `dx[rows] +=` would copy them once more
-    return dA
-
-
-def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """`total += a b` in place, in total's dtype: that of a and b, or a wider one."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
+def _where_above(x: Tensor, bits: Tensor, p: float, room: Tensor | None) -> Tensor:
+    if room is None:
+        return _threshold_backward(x, bits, threshold(p))
+    return _threshold_backward_in(x, bits, threshold(p), grad_input=room)
 
 
 class _SeededDropout(torch.autograd.Function):
@@ -180,7 +178,8 @@ def _dropped(x: Tensor, p: float, seed: int) -> Tensor:
     flat = x.reshape(-1, columns) if columns else x.reshape(0, 1)
     out = torch.empty_like(flat, memory_format=torch.contiguous_format)
     for rows, bits in random_bits(seed, flat.shape[0], flat.shape[1], x.device):
-        torch.div(kept(flat[rows], bits, p), keep_probability(p), out=out[rows])
+        factors = as_factors(bits, x.dtype, p)
+        torch.div(kept(flat[rows], factors, p), keep_probability(p), out=out[rows])
     return out.view(x.shape)
 
 

@@ -4,40 +4,40 @@
 - *merged*: with many rows and no dropout, `y = x W'^T + b` and `dx = g W'` with `W' = W + s B A`,
   which is built in both passes and not kept: no more passes over y and dx.
 
-On the CPU the low-rank products are taken in blocks of rows, see `row_blocks`. Kept are x at most,
-or what it can be made from again, and h if that is not made again, too. All ways give the same
-numbers but for rounding.
+The low-rank products are taken in blocks of rows, see `row_blocks`. Kept are x at most, or what it
+can be made from again, and h if that is not made again, too. Both ways give the same numbers but
+for rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lora_core import dropout, remade, row_blocks
-from lora_core.branch import Branch, compute_dtype
+from lora_core import remade, row_blocks
+from lora_core.branch import Branch, compute_dtype, in_dtype
 from lora_core.weights import blocks, without_autocast
+
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 # Rows per di do / (di + do), which weighs the passes that are saved against those over W. Measured
 # on CPUs (docs/benchmarks.md); other devices take the low-rank way.
 MERGED_FROM = 8.0
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What one call computes, beside its tensors.
 
     Attributes:
         branches, seeds: the adapters and the seeds of their masks.
         dtype: of the computation.
         merged: which of the two ways.
-        keeps_h: whether each h = D(x) A^T is kept for the backward pass, or made again.
+        keeps_h: whether each h, of D(x) and A^T, is kept for the backward pass, or made again.
     """
 
     branches: Sequence[Branch]
@@ -46,13 +46,8 @@ class Call:
     merged: bool
     keeps_h: bool
 
-    def in_blocks(self, t: Tensor) -> bool:
-        """Whether the low-rank products are taken in blocks of rows of t."""
-        return row_blocks.suits(t.device, self.dtype) and dropout.has_values()
 
-
-@dataclass(frozen=True)
-class Needs:
+class Needs(NamedTuple):
     """Whose gradients are asked for; factors are A and B of each branch in turn."""
 
     x: bool
@@ -89,7 +84,7 @@ class LoraLinear(torch.autograd.Function):
         ctx.save_for_backward(x if keeps_x else None, weight, *factors, *hs)
         # torch makes y of three and more axes as a view, and autograd refuses to change a view that
         # a custom function returns in place, as `nn.ReLU(inplace=True)` behind the layer would.
-        return torch.ops.aten._unsafe_view(y, y.shape)
+        return _unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
     @once_differentiable
@@ -103,7 +98,7 @@ class LoraLinear(torch.autograd.Function):
             dx, dW, db, *grads = backward(
                 ctx.call, ctx.needs, g, x, weight, rest[:count], rest[count:]
             )
-        dx = None if dx is None else dx.to(ctx.x_dtype)
+        dx = None if dx is None else in_dtype(dx, ctx.x_dtype)
         return dx, dW, None if db is None else db.to(ctx.bias_dtype), None, None, *grads
 
 
@@ -133,7 +128,7 @@ def pays(x: Tensor, weight: Tensor, dtype: torch.dtype, least: float) -> bool:
     """Whether x (.., di) has `least` rows per di do / (di + do), where that counts."""
     do, di = weight.shape
     rows = x.numel() // max(1, di)
-    return row_blocks.suits(x.device, dtype) and rows * (di + do) >= least * di * do
+    return row_blocks.measured(x.device, dtype) and rows * (di + do) >= least * di * do
 
 
 def forward(
@@ -145,17 +140,8 @@ def forward(
         W = _merged_weight(weight, call.branches, factors, call.dtype)
         return F.linear(x, W, bias).contiguous(), hs
     y = F.linear(x, weight, bias).contiguous()
-    x_rows, y_rows = _as_rows(x, call.dtype), y.view(-1, y.shape[-1])
-    if call.in_blocks(x):
-        adapters = _adapters(call, factors)
-        return y, row_blocks.forward(adapters, x_rows, y_rows, keep=call.keeps_h)
-    for i, (branch, seed) in enumerate(zip(call.branches, call.seeds, strict=True)):
-        A, B = (factor.to(call.dtype) for factor in factors[2 * i : 2 * i + 2])
-        h = _down(x_rows, A, branch, seed)
-        for h_part, out, b_rows in blocks(branch.rows, B.shape[1], y.shape[-1]):
-            y_rows[:, out].addmm_(h[:, h_part], B[b_rows].t(), alpha=branch.scale)
-        hs[i] = h if call.keeps_h else None
-    return y, hs
+    x_rows, y_rows = _as_rows(x, call.dtype), y if y.dim() == 2 else y.view(-1, y.shape[-1])
+    return y, row_blocks.forward(_adapters(call, factors), x_rows, y_rows, keep=call.keeps_h)
 
 
 def backward(
@@ -176,17 +162,14 @@ def backward(
     g_rows = _as_rows(g, call.dtype)
     x_rows = None if x is None else _as_rows(x, call.dtype)
     base = _base_weight(call, weight, factors) if needs.x else None
-    if call.in_blocks(g):
-        adapters = _adapters(call, factors, needs)
-        dx = row_blocks.backward(adapters, g_rows, x_rows, hs, base, add=not call.merged)
-        grads = [grad for adapter in adapters for grad in adapter.gradients()]
-    else:
-        dx = None if base is None else g_rows @ base
-        grads = _factor_gradients(call, needs, g_rows, x_rows, dx, factors, hs)
+    adapters = _adapters(call, factors, needs)
+    dx = row_blocks.backward(adapters, g_rows, x_rows, hs, base, add=not call.merged)
+    grads = [grad for adapter in adapters for grad in adapter.gradients()]
     grads = [_like(grad, factor) for grad, factor in zip(grads, factors, strict=True)]
     dW = g_rows.t() @ x_rows if needs.weight and x_rows is not None else None
     db = g_rows.sum(0) if needs.bias else None
-    dx = None if dx is None else dx.view(*g.shape[:-1], weight.shape[1])
+    if dx is not None and g.dim() != 2:
+        dx = dx.view(*g.shape[:-1], weight.shape[1])
     return [dx, _like(dW, weight), db, *grads]
 
 
@@ -194,89 +177,18 @@ def _adapters(
     call: Call, factors: Sequence[Tensor], needs: Needs | None = None
 ) -> list[row_blocks.Adapter]:
     asked = [False] * len(factors) if needs is None else needs.factors
-    made = [factor.to(call.dtype) for factor in factors]
-    words = (call.branches, call.seeds, made[::2], made[1::2], asked[::2], asked[1::2])
-    return [
-        row_blocks.Adapter(branch, seed, A, B, needs_A, needs_B)
-        for branch, seed, A, B, needs_A, needs_B in zip(*words, strict=True)
-    ]
+    adapters = []
+    for i, (branch, seed) in enumerate(zip(call.branches, call.seeds, strict=True)):
+        A, B = in_dtype(factors[2 * i], call.dtype), in_dtype(factors[2 * i + 1], call.dtype)
+        adapters.append(row_blocks.Adapter(branch, seed, A, B, asked[2 * i], asked[2 * i + 1]))
+    return adapters
 
 
 def _base_weight(call: Call, weight: Tensor, factors: Sequence[Tensor]) -> Tensor:
     """What g is multiplied with for dx: W, or W' where that is all of dx."""
     if call.merged:
         return _merged_weight(weight, call.branches, factors, call.dtype)
-    return weight.to(call.dtype)
-
-
-# -- in one piece ----------------------------------------------------------------------------------
-
-
-def _factor_gradients(
-    call: Call,
-    needs: Needs,
-    g: Tensor,
-    x: Tensor | None,
-    dx: Tensor | None,
-    factors: Sequence[Tensor],
-    hs: Sequence[Tensor | None],
-) -> list[Tensor | None]:
-    """dA and dB of each branch in turn; adds to dx, unless that came from W'."""
-    rest = None if call.merged else dx
-    grads: list[Tensor | None] = []
-    for i, (branch, seed) in enumerate(zip(call.branches, call.seeds, strict=True)):
-        A, B = (factor.to(call.dtype) for factor in factors[2 * i : 2 * i + 2])
-        needs_A, needs_B = needs.factors[2 * i : 2 * i + 2]
-        dA = dB = None
-        if needs_B:
-            h = hs[i]
-            if h is None:
-                assert x is not None
-                h = _down(x, A, branch, seed)
-            dB = _up_gradient(g, h, branch)
-        if needs_A or rest is not None:
-            dh = _down_gradient(g, B, branch)
-            dA = _input_side(dh, x if needs_A else None, A, rest, branch, seed)
-        grads += [dA, dB]
-    return grads
-
-
-def _down(x: Tensor, A: Tensor, branch: Branch, seed: int) -> Tensor:
-    """`h = D(x) A^T`: (N, di) -> (N, k r)."""
-    if branch.dropout:
-        return dropout.dropped_product(x, A, branch.dropout, seed)
-    return x @ A.t()
-
-
-def _down_gradient(g: Tensor, B: Tensor, branch: Branch) -> Tensor:
-    """`dh = s g B`, block by block: g (N, do) -> (N, k r)."""
-    parts = [g[:, out] @ B[of_B] for _, out, of_B in blocks(branch.rows, B.shape[1], g.shape[1])]
-    return _joined(parts, 1).mul_(branch.scale)
-
-
-def _up_gradient(g: Tensor, h: Tensor, branch: Branch) -> Tensor:
-    """`dB = s g^T h`, block by block: (rows_1 + .. + rows_k, r)."""
-    r = branch.B.shape[1]
-    parts = [g[:, out].t() @ h[:, part] for part, out, _ in blocks(branch.rows, r, g.shape[1])]
-    return _joined(parts, 0).mul_(branch.scale)
-
-
-def _joined(parts: Sequence[Tensor], axis: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), axis)
-
-
-def _input_side(
-    dh: Tensor, x: Tensor | None, A: Tensor, dx: Tensor | None, branch: Branch, seed: int
-) -> Tensor | None:
-    """Add `D'(dh A)` to dx in place and give `dA = dh^T D(x)`; None where not asked for."""
-    if branch.dropout:
-        return dropout.dropped_product_backward(dh, x, A, dx, branch.dropout, seed)
-    if dx is not None:
-        dx.addmm_(dh, A)
-    return None if x is None else dh.t() @ x
-
-
-# -- both ------------------------------------------------------------------------------------------
+    return in_dtype(weight, call.dtype)
 
 
 def _merged_weight(
@@ -291,8 +203,9 @@ def _merged_weight(
 
 
 def _as_rows(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t.to(dtype).reshape(-1, t.shape[-1])
+    t = in_dtype(t, dtype)
+    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
 
 
 def _like(grad: Tensor | None, parameter: Tensor) -> Tensor | None:
-    return None if grad is None else grad.to(parameter.dtype).contiguous()
+    return None if grad is None else in_dtype(grad, parameter.dtype).contiguous()

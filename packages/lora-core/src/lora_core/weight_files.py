@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lora_core import base_file
 from lora_core.errors import CheckpointError
+from lora_core.report import plural
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,6 @@ def read_weights(found: WeightFiles, device: str = "cpu") -> dict[str, Tensor]:
         if wrong:
             raise CheckpointError(
                 f"{found.files[0].parent}: the list of shards and the shards differ in "
-                f"{len(wrong)} tensors: {base_file.some(wrong)}"
+                f"{plural(len(wrong), 'tensor')}: {base_file.some(wrong)}"
             )
     return tensors

@@ -31,8 +31,9 @@ def blocks(rows: Rows | None, r: int, do: int) -> Iterator[tuple[slice, slice, s
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Within the block every operation on `device` runs in the dtype of its operands."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
     return contextlib.nullcontext()
 
 

@@ -30,7 +30,7 @@ from lora_core.adapters.read import read_adapter as read_file
 from lora_core.errors import CheckpointError, ConfigError, listing
 from lora_core.merged_file import LARGEST_ADAPTER
 from lora_core.module_names import exactly, unwrapped
-from lora_core.report import say
+from lora_core.report import plural, say
 from lora_core.tensor_file import read_safetensors
 from midi3d_lora.lora import ADAPTER, freeze_without_effect
 from midi3d_lora.lora_choice import block_problems
@@ -265,8 +265,8 @@ def load_adapter(
     without_effect = freeze_without_effect(transformer) if trainable else []
     if without_effect:
         say(
-            f"{len(without_effect)} layers of {adapter.path} stay as they are: no output depends "
-            f"on {without_effect[0]} and its like"
+            f"{plural(len(without_effect), 'layer')} of {adapter.path} without effect: no output "
+            f"depends on {without_effect[0]} and its like"
         )
     return adapter
 

@@ -23,7 +23,7 @@ from lora_core.frozen import FrozenImages, Picture
 from lora_core.pictures import survey as pictures
 from lora_core.pictures.masks import Size
 from lora_core.pictures.survey import left_out, remarks, without
-from lora_core.report import table
+from lora_core.report import plural, table
 from lora_core.settings.types import shown
 from lora_core.training.loading import EpochDataset, retried
 from lora_core.validate import Bad, Share, read_and_settle
@@ -206,7 +206,7 @@ def notes_on_length(phrases: Sequence[str], tokenizer: Tokenizer) -> list[str]:
     long = tokenizer.too_long(phrases)
     if not long:
         return []
-    return [f"{len(long)} phrases are cut to {CONTEXT} tokens, such as {shown(long[0])}"]
+    return [f"{plural(len(long), 'phrase')} cut to {CONTEXT} tokens, such as {shown(long[0])}"]
 
 
 def fingerprint(splits: Splits) -> str:
@@ -263,7 +263,7 @@ def load(cfg: Config, share: Share = lambda make: make()) -> Splits:
         *left_out(bad),
     ]
     if unasked := len(good["train"]) - len(chosen):
-        notes.append(f"{unasked} pictures of train that can be asked nothing are left out")
+        notes.append(f"{plural(unasked, 'picture')} of train left out that can be asked nothing")
     phrases = tuple(dict.fromkeys(one for split in parts.values() for one in split.phrases.numbers))
     notes += _notes_on_phrases(parts, counts)
     train = TrainSet(chosen, list(parts["train"].phrases.numbers), cfg)

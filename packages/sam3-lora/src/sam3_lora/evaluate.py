@@ -204,6 +204,7 @@ def refuse_results(options: Options) -> None:
 
 def notes_on(predictor: Predictor, pictures: Pictures, options: Options) -> list[str]:
     """What to know about the phrases before trusting figures."""
+    from lora_core.report import plural
     from sam3_lora.data import notes_on_length
 
     notes = notes_on_length(pictures.phrases, predictor.words)
@@ -211,7 +212,8 @@ def notes_on(predictor: Predictor, pictures: Pictures, options: Options) -> list
     new = [phrase for phrase in pictures.phrases if trained and phrase not in trained]
     if new:
         names = ", ".join(one_line(phrase) for phrase in new[:5])
-        notes.append(f"{len(new)} phrases that the adapter was not trained on, such as {names}")
+        count = plural(len(new), "phrase")
+        notes.append(f"{count} that the adapter was not trained on, such as {names}")
     return notes
 
 

@@ -21,7 +21,7 @@ from lora_core.data_file import new_tree
 from lora_core.errors import ConfigError, DataError, printable
 from lora_core.preflight import writable
 from lora_core.prepared_folder import MARK, check_output
-from lora_core.report import say, table
+from lora_core.report import plural, say, table
 from lora_core.validate import REPORT, Bad, samples, stop_or_skip, write_report
 
 if TYPE_CHECKING:
@@ -318,7 +318,7 @@ def _write_tree(
         classes = {name: numbers[name] for name in part.numbers}
         copied += write_split(tree / FOLDERS[split], part.records, names, classes, options.link)
     if options.link and copied:
-        say(f"note: {copied} pictures were copied: they could not be linked")
+        say(f"note: {plural(copied, 'picture')} copied, which could not be linked")
     facts = {"format": found.form, "seed": options.seed, "val_fraction": options.val_fraction}
     (tree / MARK).write_text(json.dumps(facts) + "\n", encoding="ascii")
     if found.bad:

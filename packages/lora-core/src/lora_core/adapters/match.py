@@ -251,7 +251,8 @@ def _bad_values(file: AdapterFile) -> list[str]:
             # Factors become fp32 in the model; float8 has no isfinite.
             values = tensor.float() if factor or tensor.itemsize == 1 else tensor
             if bad := values.numel() - int(values.isfinite().sum()):
-                problems.append(f"{key}: {bad} values are NaN or infinite, its training went wrong")
+                count = f"{bad} of {values.numel()} values"
+                problems.append(f"{key}: {count} are NaN or infinite, its training went wrong")
     return problems
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lora_core.checkpoint.state import from_json, pack, to_json, unpack
 from lora_core.errors import CheckpointError, one_line
-from lora_core.report import figure
+from lora_core.report import figure, plural
 from lora_core.tensor_file import read_safetensors, safetensors_bytes
 
 FACTS, TENSORS = "nonfinite.json", "nonfinite.safetensors"
@@ -83,7 +83,7 @@ def explain(step: int, everyone: Sequence[Mapping[str, Any]]) -> str:
         lines.append(f"the loss is finite, its gradient is not; {_samples(ids)}")
     names = everyone[0]["gradients"]
     if names:
-        lines[0] += f"; {len(names)} gradients are not finite: {_first(names)}"
+        lines[0] += f"; {plural(len(names), 'gradient')} not finite: {_first(names)}"
     return f"step {step}: " + lines[0] + (f" (and {len(lines) - 1} more)" if lines[1:] else "")
 
 
@@ -210,4 +210,5 @@ def _moved(value: Any, device: torch.device) -> Any:
 def dropped(steps: Collection[int]) -> str:
     """Say which updates a run has dropped."""
     listed = ", ".join(map(str, sorted(steps)[:20])) + (", ..." if len(steps) > 20 else "")
-    return f"{len(steps)} updates were dropped, their loss or gradient was not finite: {listed}"
+    count = plural(len(steps), "update")
+    return f"{count} dropped, as the loss or its gradient was not finite: {listed}"
