@@ -67,7 +67,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was(tmp_path: Path, flags: list[s
     assert evaluate.main([*flags, "--max_scenes", "1"]) == 0
     first = tmp_path / "out" / "scores" / "model" / "scene_0000.json"
     kept = json.loads(first.read_text())
-    kept["scores"]["box_iou"] = 0.625
+    kept["result"]["box_iou"] = 0.625
     first.write_text(json.dumps(kept))
     (tmp_path / "out" / "evaluation.json").unlink()
     assert evaluate.main(flags) == 0

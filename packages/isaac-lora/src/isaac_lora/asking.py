@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
@@ -24,6 +25,7 @@ from lora_core.errors import NumericError
 from lora_core.training.inference import evaluating
 
 if TYPE_CHECKING:
+    from isaac_lora.kept_answers import KeptAnswers
     from isaac_lora.network.isaac import IsaacForConditionalGeneration
     from isaac_lora.processing import IsaacProcessor
 
@@ -72,6 +74,7 @@ def asked(
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = BATCH_SIZE,
     features: FrozenFeatures | None = None,
+    kept: KeptAnswers | None = None,
     done: Callable[[int], object] = lambda count: None,
 ) -> list[Said]:
     """Ask a model, without dropout; afterwards it is in the mode that it was in.
@@ -79,6 +82,7 @@ def asked(
     Args:
         max_new_tokens: of an answer, at most.
         features: what gives the vision features and the depth of pictures; None: the model's own.
+        kept: answers that are there already, and where new ones are kept; None: nowhere.
         done: is told how many questions are answered.
 
     Returns:
@@ -96,7 +100,8 @@ def asked(
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             chosen = [questions[index] for index in batch]
-            said = _answered(model, processor, chosen, max_new_tokens, features)
+            ask = partial(_answered, model, processor, chosen, max_new_tokens, features)
+            said = kept.of(chosen, ask) if kept else ask()
             found |= zip(batch, said, strict=True)
             done(len(found))
     return [found[index] for index in range(len(questions))]

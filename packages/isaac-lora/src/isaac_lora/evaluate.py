@@ -2,7 +2,7 @@
 
 Prints a table, and writes `evaluation.json`, `answers.csv`, and pages of some questions. The depth
 of another picture, a constant depth, or none in place of the picture's own shows how much of what
-an adapter can do comes from depth.
+an adapter can do comes from depth. Answers are kept as they come: a stopped evaluation goes on.
 """
 
 from __future__ import annotations
@@ -26,14 +26,17 @@ if TYPE_CHECKING:
     from isaac_lora.asking import Said
     from isaac_lora.depth.controls import DepthSource
     from isaac_lora.examples import Example
+    from isaac_lora.kept_answers import KeptAnswers
     from isaac_lora.network.isaac import IsaacForConditionalGeneration
     from isaac_lora.processing import IsaacProcessor
     from isaac_lora.prompts import Question
+    from lora_core.kept_results import KeptResults
 
 RESULTS = "evaluation.json"
 ANSWERS = "answers.csv"
 EXAMPLE = "example_"  # begins the names of pages
 TEXT = "Score answers on conversations: base, LoRA, and LoRA with the wrong depth."
+MERGED = "merged"  # name of --merged_model
 CONTROLS = ("shuffled_depth", "constant_depth", "without_depth")
 
 
@@ -121,17 +124,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(Options, argv or [], prog="isaac-lora evaluate", description=TEXT)
     processor, examples = ready(options)
 
+    from isaac_lora.kept_answers import FOLDER
+    from lora_core.kept_results import KeptResults
     from lora_core.report import plural, say
 
     questions = chosen(examples, options)
     depths = sources(examples, processor, options)
+    kept = KeptResults(Path(options.output) / FOLDER)
     with depths_kept(options):
-        results = score_models(processor, examples, questions, depths, options)
+        results = score_models(processor, examples, questions, depths, options, kept)
     found = notes(results, options)
     say(report(results, len(questions)))
     for note in found:
         say(f"note: {note}")
     write(options, processor, questions, results, found)
+    kept.remove()
     pages = plural(min(options.examples, len(questions)), "page")
     say(f"{RESULTS}, {ANSWERS}, {pages} {EXAMPLE}*.png -> {Path(options.output).absolute()}")
     return 0
@@ -195,16 +202,24 @@ def score_models(
     questions: Sequence[Question],
     depths: Mapping[str, DepthSource | None],
     options: Options,
+    kept: KeptResults,
 ) -> dict[str, Result]:
     """The results of all models by their names, the base's first.
 
     Args:
         depths: see `sources`.
+        kept: what was found before, and where results are kept.
     """
+    from isaac_lora.kept_answers import KeptAnswers, follows_from
     from lora_core import adapters_off
 
+    contents = [example.content for example in examples]
+
     def of(model: Any, name: str, depth: DepthSource | None) -> Result:
-        return measured(name, model, depth, processor, examples, questions, options)
+        folder = options.merged_model if name == MERGED else None
+        facts = follows_from(options, processor, contents, folder)
+        answers = KeptAnswers(kept, name, facts)
+        return measured(name, model, depth, processor, examples, questions, options, answers)
 
     results: dict[str, Result] = {}
     model = options.load()
@@ -216,7 +231,7 @@ def score_models(
     if options.merged_model is not None:
         del model  # before the next one is read
         merged = options.load(options.merged_model, adapter=False)
-        results["merged"] = of(merged, "merged", options.depths)
+        results[MERGED] = of(merged, MERGED, options.depths)
     return results
 
 
@@ -252,6 +267,7 @@ def measured(
     examples: Sequence[Example],
     questions: Sequence[Question],
     options: Options,
+    kept: KeptAnswers,
 ) -> Result:
     """Score one model as it is, with this depth."""
     from isaac_lora.asking import asked
@@ -261,8 +277,10 @@ def measured(
     features, size = options.features(model, depth), options.batch_size
     with evaluating(model), autocast(options.torch_device, options.precision):
         with told(f"{name}: loss", len(examples)) as done:
-            loss = token_loss(
-                model, examples, processor, batch_size=size, features=features, done=done
+            loss = kept.loss(
+                lambda: token_loss(
+                    model, examples, processor, batch_size=size, features=features, done=done
+                )
             )
         with told(f"{name}: answers", len(questions)) as done:
             said = asked(
@@ -272,8 +290,10 @@ def measured(
                 max_new_tokens=options.max_new_tokens,
                 batch_size=size,
                 features=features,
+                kept=kept,
                 done=done,
             )
+    kept.tell()
     found = scores(questions, [one.text for one in said])
     return Result({"loss": loss, **found}, said)
 

@@ -1,7 +1,8 @@
 """`isaac-lora predict`: answers to questions about pictures, of the base beside those of LoRA.
 
 For every question it writes `<name>_answers.png`, the pictures with the tags of the answers and the
-words below them, and for all together `answers.json`.
+words below them, and for all together `answers.json`. Answers are kept as they come: a stopped
+command goes on.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from isaac_lora.answers.tags import Tag
     from isaac_lora.asking import Said
     from isaac_lora.examples import Example
+    from isaac_lora.kept_answers import KeptAnswers
     from isaac_lora.network.isaac import IsaacForConditionalGeneration
     from isaac_lora.processing import IsaacProcessor
     from isaac_lora.prompts import Question
@@ -88,14 +90,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(Options, argv or [], prog="isaac-lora predict", description=TEXT)
     processor, questions = ready(options)
 
+    from isaac_lora.kept_answers import FOLDER, KeptAnswers, follows_from
+    from lora_core.kept_results import KeptResults
     from lora_core.report import say
 
     model = options.load()
-    said = {who: answers_of(who, model, processor, questions, options) for who in options.models}
+    kept = KeptResults(Path(options.output) / FOLDER)
+    facts = follows_from(options, processor, [])
+    said = {
+        who: answers_of(who, model, processor, questions, options, KeptAnswers(kept, who, facts))
+        for who in options.models
+    }
     tell(questions, said)
     for note in notes(said, options):
         say(f"note: {note}")
     write(options, processor, questions, said)
+    kept.remove()
     say(f"{plural(len(questions), 'question')} -> {Path(options.output).absolute()}")
     return 0
 
@@ -226,6 +236,7 @@ def answers_of(
     processor: IsaacProcessor,
     questions: Sequence[Question],
     options: Options,
+    kept: KeptAnswers,
 ) -> list[Said]:
     """The answers of one model; the base, as published, has neither the adapter nor depth."""
     from isaac_lora.asking import asked
@@ -247,13 +258,17 @@ def answers_of(
                 max_new_tokens=options.max_new_tokens,
                 batch_size=options.batch_size,
                 features=options.features(model, depth),
+                kept=kept,
                 done=progress.update,
             )
 
-    if who != "base":
-        return ask(options.depths)
-    with adapters_off(model):
-        return ask(None)
+    if who == "base":
+        with adapters_off(model):
+            said = ask(None)
+    else:
+        said = ask(options.depths)
+    kept.tell()
+    return said
 
 
 def notes(said: Answers, options: QuestionOptions) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_core.errors import NumericError, one_line
+from lora_core.kept_results import KeptResults, stamps
 from lora_core.report import Progress
-from lora_core.tensor_file import write_json
 from midi3d_lora.generation import make_latents, make_meshes
 from midi3d_lora.lora import remove
 from midi3d_lora.meshes import mesh_loading
@@ -131,45 +130,38 @@ def keep(path: Path, meshes: Mapping[str, Mesh | None]) -> None:
 # -- what is done already --------------------------------------------------------------------------
 
 
-def _place(options: Options, name: str, folder: Path) -> Path:
-    return Path(options.output) / FOLDER / name / f"{folder.name}.json"
+def _kept(options: Options) -> KeptResults:
+    return KeptResults(Path(options.output) / FOLDER)
 
 
-def _key(options: Options, name: str, folder: Path) -> str:
-    """Digest of what a scene's scores follow from: settings, model, adapter and data."""
+def _follows_from(options: Options, name: str, folder: Path) -> list[Any]:
+    """What a scene's scores follow from: settings, model, adapter and data."""
     chosen = {key: value for key, value in asdict(options).items() if key not in WITHOUT_EFFECT}
     model = Path((name == "merged" and options.merged_model) or options.pretrained_model)
-    files = sorted(path for path in model.glob("*/*") if path.is_file())
+    files = [path for path in model.glob("*/*") if path.is_file()]
     if name == "LoRA" and options.adapter is not None:
         found = options.adapter.path
-        files += sorted(found.iterdir()) if found.is_dir() else [found]
+        files += found.iterdir() if found.is_dir() else [found]
     else:
         for key in ("lora_path", "lora_rank", "lora_alpha"):
             chosen.pop(key)
     chosen["blocks"] = options.blocks
-    stats = [
-        (str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns)
-        for path in [*files, *scene_files(folder)]
-    ]
-    text = json.dumps([chosen, stats], default=str).encode()
-    return hashlib.blake2b(text, digest_size=16).hexdigest()
+    return [chosen, stamps([*files, *scene_files(folder)])]
 
 
 def remembered(options: Options, name: str, folder: Path) -> dict[str, float] | None:
     """The scores of a scene from an evaluation that was stopped; None: it is to be done."""
-    try:
-        kept = json.loads(_place(options, name, folder).read_text("utf-8"))
-    except (OSError, ValueError):
+    follows_from = _follows_from(options, name, folder)
+    scores = _kept(options).find(f"{name}/{folder.name}", follows_from)
+    if scores is None:
         return None
-    if not isinstance(kept, dict) or kept.get("key") != _key(options, name, folder):
-        return None
-    return {key: float("nan") if value is None else value for key, value in kept["scores"].items()}
+    return {key: float("nan") if value is None else value for key, value in scores.items()}
 
 
 def remember(options: Options, name: str, folder: Path, scores: Mapping[str, float]) -> None:
     """Keep the scores of a scene."""
-    key = _key(options, name, folder)
-    write_json(_place(options, name, folder), {"key": key, "scores": plain(scores)})
+    follows_from = _follows_from(options, name, folder)
+    _kept(options).keep(f"{name}/{folder.name}", follows_from, plain(scores))
 
 
 def plain(scores: Mapping[str, float]) -> dict[str, float | None]:
