@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lora_core.errors import CheckpointError, ConfigError, DataError
+from lora_core.kept_results import KeptResults
 from lora_core.pictures.files import read_image
 from lora_core.testing.no_device import no_device
 from sam3_lora import Predictor, predict
@@ -248,6 +249,55 @@ def test_earlier_results_are_replaced_only_on_demand(base: Path, tmp_path: Path)
     refused(ConfigError, "holds 1 of the results already, such as img_0_overlay", *words)
     after = run(base, PICTURE, out, "--phrases", "nut", "--threshold", "0.1", "--overwrite")
     assert before["categories"] != after["categories"] == [{"id": 1, "name": "nut"}]
+
+
+class Stop(Exception):
+    """As a kill, or a lost machine."""
+
+
+def test_a_stopped_command_goes_on(
+    base: Path,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = ("--phrases", "bolt", "hex nut", "--threshold", "0.1")
+    looked: list[int] = []
+    predict_one = predict.predict_one
+
+    def counted(*words: Any) -> Any:
+        if len(looked) == most:
+            raise Stop
+        looked.append(1)
+        return predict_one(*words)
+
+    monkeypatch.setattr(predict, "predict_one", counted)
+    most = 1
+    for _ in range(2):  # the second time before it has looked at anything
+        with pytest.raises(Stop):
+            run(base, pictures, tmp_path / "out", *flags)
+    assert names(tmp_path / "out") == ["img_0_overlay.png", "unfinished"]
+    most = 9
+    found = run(base, pictures, tmp_path / "out", *flags)
+    assert len(looked) == 2
+    assert "1 picture from the command that was stopped" in capsys.readouterr().out
+    assert names(tmp_path / "out") == ["img_0_overlay.png", "img_1_overlay.png", "predictions.json"]
+    assert found == run(base, pictures, tmp_path / "whole", *flags)
+    assert len(looked) == 4
+
+
+@pytest.mark.parametrize("other", ["--threshold 0.2", "--phrases bolt", "--masks false"])
+def test_objects_that_were_asked_for_otherwise_are_not_used(
+    other: str, base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--phrases", "bolt", "hex nut", "--threshold", "0.1")
+    monkeypatch.setattr(KeptResults, "remove", lambda kept: None)
+    run(base, pictures, tmp_path / "out", *flags)
+    (tmp_path / "out" / "predictions.json").unlink()
+    monkeypatch.undo()
+    found = run(base, pictures, tmp_path / "out", *flags, *other.split())
+    assert found == run(base, pictures, tmp_path / "whole", *flags, *other.split())
 
 
 def test_results_do_not_go_among_the_pictures(base: Path, pictures: Path) -> None:

@@ -68,11 +68,15 @@ def _read(path: Path) -> dict[str, Any] | None:
 def stamps(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
     """Place, length and time of change of files: what stands for their content in `follows_from`.
 
+    Args:
+        paths: files, and folders for all files directly in them.
+
     Raises:
         OSError: one is not there.
     """
     found = []
-    for path in sorted(paths):
+    files = [file for path in paths for file in (path.iterdir() if path.is_dir() else [path])]
+    for path in sorted(file for file in files if not file.is_dir()):
         status = path.stat()
         found.append((str(path.absolute()), status.st_size, status.st_mtime_ns))
     return found

@@ -140,8 +140,7 @@ def _follows_from(options: Options, name: str, folder: Path) -> list[Any]:
     model = Path((name == "merged" and options.merged_model) or options.pretrained_model)
     files = [path for path in model.glob("*/*") if path.is_file()]
     if name == "LoRA" and options.adapter is not None:
-        found = options.adapter.path
-        files += found.iterdir() if found.is_dir() else [found]
+        files.append(options.adapter.path)
     else:
         for key in ("lora_path", "lora_rank", "lora_alpha"):
             chosen.pop(key)

@@ -1,15 +1,16 @@
 """`sam3-lora predict`: the objects of phrases in pictures.
 
 For every picture it writes `<stem>_overlay.png`, and for all together `predictions.json`, a COCO
-data set whose annotations are COCO results: box, mask, score, and the phrase.
+data set whose annotations are COCO results: box, mask, score, and the phrase. The objects of a
+picture are kept when they are found: a stopped command goes on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_core.config import option, parse
 from lora_core.errors import ConfigError, DataError, listing, one_line
@@ -20,9 +21,13 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from lora_core.kept_results import KeptResults
     from sam3_lora.predictor import Prediction, Predictor
 
 RESULTS = "predictions.json"
+UNFINISHED = "unfinished"  # folder of what is found, beside the results until they are written
+# Settings that change no object of a picture.
+WITHOUT_EFFECT = ("images", "phrases", "boxes", "labels", "prompts", "output", "overwrite")
 
 
 @dataclass(kw_only=True)
@@ -103,6 +108,7 @@ def main(argv: Sequence[str]) -> int:
     )
     prompts = ready(options)
 
+    from lora_core.kept_results import KeptResults
     from lora_core.report import say
     from lora_core.tensor_file import write_json
     from sam3_lora.data import notes_on_length
@@ -114,8 +120,10 @@ def main(argv: Sequence[str]) -> int:
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     damaged: list[str] = []
-    content = coco(predict_all(predictor, prompts, options, damaged), phrases)
+    kept = KeptResults(folder / UNFINISHED)
+    content = coco(predict_all(predictor, prompts, options, damaged, kept), phrases)
     write_json(folder / RESULTS, content, indent=None)
+    kept.remove()
     done = len(content["images"])
     say(f"{done} picture{'s' * (done != 1)} -> {folder.absolute()}")
     if damaged:
@@ -159,7 +167,9 @@ def refuse_results(options: Options, images: Sequence[Path]) -> None:
             f"--output {one_line(folder)} is the folder of the pictures: overlays there would be "
             "taken for pictures the next time; choose another one"
         )
-    wanted = [RESULTS, *(f"{image.stem}_overlay.png" for image in images)]
+    overlays = [f"{image.stem}_overlay.png" for image in images]
+    # Beside unfinished results they are those of the command that was stopped.
+    wanted = [RESULTS, *(() if (folder / UNFINISHED).is_dir() else overlays)]
     there = [name for name in wanted if (folder / name).exists()]
     if there and not options.overwrite:
         raise ConfigError(
@@ -171,21 +181,38 @@ def refuse_results(options: Options, images: Sequence[Path]) -> None:
 # -- looking -------------------------------------------------------------------------------------
 
 
+class Found(NamedTuple):
+    """What was found in a picture: its size is (H, W), its objects are those of `objects_of`."""
+
+    name: str
+    size: tuple[int, int]
+    objects: list[dict[str, Any]]
+
+
 def predict_all(
     predictor: Predictor,
     prompts: Mapping[Path, Sequence[Prompt]],
     options: Options,
     damaged: list[str],
-) -> Iterator[tuple[str, tuple[int, int], list[Prediction]]]:
-    """Name, size (H, W) and objects of one picture after the other; their overlays are written.
+    kept: KeptResults,
+) -> Iterator[Found]:
+    """What is found in one picture after the other; their overlays are written.
 
     Args:
         damaged: gets what is wrong with the pictures that cannot be decoded.
+        kept: what was found before, and where objects are kept.
     """
+    from lora_core.kept_results import stamps
     from lora_core.pictures.files import read_image
-    from lora_core.report import say
+    from lora_core.report import plural, say
 
+    settings, reused = follows_from(predictor, options), 0
     for image, asked in prompts.items():
+        facts = [settings, [asdict(one) for one in asked], stamps([image])]
+        if (before := kept.find(image.name, facts)) is not None:
+            reused += 1
+            yield Found(image.name, tuple(before["size"]), before["objects"])
+            continue
         try:
             rgb = read_image(image)
         except DataError as error:  # the header was right; the others' results are not lost for it
@@ -196,7 +223,21 @@ def predict_all(
         _, found = models[-1]
         parts = ", ".join(f"{len(one)} {one_line(one.phrase)}" for one in found)
         say(f"{one_line(image.name)}: {parts}")
-        yield image.name, (rgb.shape[0], rgb.shape[1]), found
+        size, objects = (rgb.shape[0], rgb.shape[1]), objects_of(found)
+        kept.keep(image.name, facts, {"size": size, "objects": objects})
+        yield Found(image.name, size, objects)
+    if reused:
+        say(f"{plural(reused, 'picture')} from the command that was stopped")
+
+
+def follows_from(predictor: Predictor, options: Options) -> list[Any]:
+    """What the objects of every picture follow from: the model and the settings."""
+    from lora_core.kept_results import stamps
+
+    chosen = {key: value for key, value in asdict(options).items() if key not in WITHOUT_EFFECT}
+    files = stamps(Path(name) for name in (options.adapter, options.bpe_path) if name)
+    base = predictor.model.sam3_base.fingerprint
+    return [chosen, base, files, predictor.device.type]
 
 
 def predict_one(
@@ -236,40 +277,51 @@ def write_overlay(
     save(folder / f"{image.stem}_overlay.png", sheet(pictures, image.name, colours))
 
 
-def coco(
-    results: Iterable[tuple[str, tuple[int, int], Sequence[Prediction]]], phrases: Sequence[str]
-) -> dict[str, Any]:
-    """A COCO data set of predictions, which COCO tools read, and `sam3-lora train` too.
+def objects_of(found: Sequence[Prediction]) -> list[dict[str, Any]]:
+    """Objects as COCO has them, but for what follows from the other pictures.
 
-    Its annotations alone are what COCO calls results. Without masks an area is that of the box.
-
-    Args:
-        results: file name, size (H, W) and objects of each picture.
-        phrases: the categories, numbered from 1.
+    Without masks an area is that of the box.
     """
     from pycocotools import mask as coco_mask
 
+    objects = []
+    for one in found:
+        for number in range(len(one)):
+            x0, y0, x1, y1 = one.boxes[number].tolist()
+            record = {
+                "phrase": one.phrase,
+                "score": round(float(one.scores[number]), 6),
+                "bbox": [round(value, 3) for value in (x0, y0, x1 - x0, y1 - y0)],
+                "area": (x1 - x0) * (y1 - y0),
+                "iscrowd": 0,
+            }
+            if one.rles is not None:
+                record["segmentation"] = one.rles[number]
+                record["area"] = int(coco_mask.area(one.rles[number]))
+            objects.append(record)
+    return objects
+
+
+def coco(results: Iterable[Found], phrases: Sequence[str]) -> dict[str, Any]:
+    """A COCO data set of predictions, which COCO tools read, and `sam3-lora train` too.
+
+    Its annotations alone are what COCO calls results.
+
+    Args:
+        results: what was found in each picture.
+        phrases: the categories, numbered from 1.
+    """
     numbers = {phrase: number for number, phrase in enumerate(phrases, start=1)}
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for name, (height, width), found in results:
+    for name, (height, width), objects in results:
         images.append({"id": len(images) + 1, "file_name": name, "height": height, "width": width})
-        for one in found:
-            for number in range(len(one)):
-                x0, y0, x1, y1 = one.boxes[number].tolist()
-                record = {
-                    "id": len(annotations) + 1,
-                    "image_id": len(images),
-                    "category_id": numbers[one.phrase],
-                    "phrase": one.phrase,
-                    "score": round(float(one.scores[number]), 6),
-                    "bbox": [round(value, 3) for value in (x0, y0, x1 - x0, y1 - y0)],
-                    "area": (x1 - x0) * (y1 - y0),
-                    "iscrowd": 0,
-                }
-                if one.rles is not None:
-                    record["segmentation"] = one.rles[number]
-                    record["area"] = int(coco_mask.area(one.rles[number]))
-                annotations.append(record)
+        for one in objects:
+            place = {
+                "id": len(annotations) + 1,
+                "image_id": len(images),
+                "category_id": numbers[one["phrase"]],
+            }
+            annotations.append(place | one)
     categories = [{"id": number, "name": phrase} for phrase, number in numbers.items()]
     return {"images": images, "annotations": annotations, "categories": categories}
