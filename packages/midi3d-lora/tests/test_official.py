@@ -188,7 +188,7 @@ def test_a_triposg_transformer_is_told_from_midi(folder: Path, said: bool) -> No
 
 def test_values_that_are_not_finite_are_refused(folder: Path) -> None:
     change(folder, lambda tensors: tensors["proj_in.weight"].fill_(float("nan")))
-    with pytest.raises(CheckpointError, match=r"NaN or infinite values \(proj_in\.weight\)"):
+    with pytest.raises(CheckpointError, match=r"values in 1 tensor \(proj_in\.weight\)"):
         loaded(folder)
 
 
