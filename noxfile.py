@@ -30,6 +30,10 @@ BENCHMARKS = {
     "linear": "linear.py",
     "linear_warm": "linear.py",
     "linear_threads": f"linear.py --threads {os.cpu_count()}",
+    "linear_small": (
+        "linear.py --dtype fp32 --rounds 500 --shapes 8x256-256,8 64x256-256,8 256x256-256,8 "
+        "8x1024-1024,8 64x1024-1024,8"
+    ),
     "layers": "layers.py",
     "merging": "merging.py",
     "startup": "startup.py",

@@ -116,6 +116,12 @@ def _linear(find: Find) -> Iterator[tuple[str, list[Value]]]:
             f"nor than full fine-tuning from {WIDE} features on, dropout 0, {what}",
             _against(wide, "lora_core p=0", "full"),
         )
+    small = records(find("linear_small", "fp32"))
+    yield (
+        "a small Linear never slower than PEFT",
+        [*_against(small, "lora_core p=0", "PEFT p=0"),
+         *_against(small, "lora_core p=0.05", "PEFT p=0.05")],
+    )  # fmt: skip
     kept = records(find("linear", "fp32 kept"))
     yield (
         "one Linear: kept bytes, of x",
