@@ -1,5 +1,7 @@
 """What a step takes of memory is known before it is tried."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -89,6 +91,20 @@ def test_what_ends_with_the_forward_pass_is_not_kept():
 
     kept, _ = saved_bytes(run, trained.parameters())
     assert kept == x.numel() * x.element_size(), "the input of the trained layer alone"
+
+
+def test_what_no_result_follows_from_is_not_kept():
+    x = torch.randn(50, 10, requires_grad=True)
+
+    def run():
+        for operation in (torch.sigmoid, torch.exp, partial(torch.softmax, dim=-1)):
+            operation(x * 2)  # each keeps its result
+        return x.exp()
+
+    kept, y = saved_bytes(run)
+    assert kept == y.numel() * y.element_size()
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, y.detach())
 
 
 def test_checkpointing_keeps_less_but_computes_again_at_the_peak():

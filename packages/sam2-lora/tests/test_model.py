@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Sam2Model
 
 from lora_core.errors import ConfigError
 from sam2_lora import model as m
@@ -100,6 +102,44 @@ def test_rectangles_equal_the_recipe_with_shares_of_the_picture(
     torch.testing.assert_close(
         ours.object_score, theirs.object_score_logits[:, 0], rtol=0, atol=1e-4
     )
+
+
+def test_the_encoder_is_that_of_transformers_without_what_nothing_reads(network: Any) -> None:
+    """Features and gradients are the same, bit for bit."""
+    theirs = Sam2Model._from_config(network.config, attn_implementation="sdpa").eval()
+    theirs.load_state_dict(network.state_dict())
+    pixels, found = pictures(2, m.image_size(network)), []
+    for model in (network.requires_grad_(True), theirs):
+        with Counted() as counted:
+            output = model.get_image_features(pixels, return_dict=True)
+        loss = torch.stack([level.square().mean() for level in output.fpn_hidden_states]).sum()
+        loss.backward()
+        gradients = {k: p.grad for k, p in model.vision_encoder.named_parameters()}
+        found.append((output, gradients, counted.names))
+    (ours, our_gradients, our_names), (expected, gradients, names) = found
+    for one, other in zip(ours.fpn_hidden_states, expected.fpn_hidden_states, strict=True):
+        assert torch.equal(one, other)
+    assert our_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert torch.equal(our_gradients[name], gradient), name
+    assert names >= {"aten.bmm", "aten._softmax", "aten.sin"}
+    assert not our_names & {"aten.bmm", "aten._softmax", "aten.sin"}
+    assert sum(one.untyped_storage().nbytes() for one in ours.fpn_position_encoding) == 3 * 4
+    assert [one.shape for one in ours.fpn_position_encoding] == [
+        one.shape for one in expected.fpn_position_encoding
+    ]
+
+
+class Counted(TorchDispatchMode):
+    """The names of the operations inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func.overloadpacket))
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("size", [(100, 128), (128, 0), (16, 16)])

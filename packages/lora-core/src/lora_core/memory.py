@@ -67,10 +67,14 @@ def saved_bytes(run: Callable[[], T], ignore: Iterable[Tensor] = ()) -> tuple[in
 
 
 class _Saved:
-    """A tensor for the backward pass; the graph alone holds it."""
+    """A tensor for the backward pass; the graph alone holds it, and not the other way round.
+
+    A result that an operation keeps would otherwise hold that operation, and both would stay
+    where nothing uses them.
+    """
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+        self.tensor = tensor.detach()
 
 
 # -- a step without values -------------------------------------------------------------------------

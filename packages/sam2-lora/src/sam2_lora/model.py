@@ -164,12 +164,16 @@ def network(variant: official.Variant) -> Sam2Model:
     preflight.torchvision()
     from transformers import Sam2Config, Sam2Model
 
+    from sam2_lora.image_encoder import lighten
+
     try:
         config = Sam2Config(**variant.config)
         with torch.device("meta"):
-            return Sam2Model._from_config(config, attn_implementation="sdpa")
+            model = Sam2Model._from_config(config, attn_implementation="sdpa")
     except Exception as error:  # a wrong config fails anywhere in the library
         raise CheckpointError(f"not the config of a SAM 2: {error}") from error
+    lighten(model.vision_encoder)
+    return model
 
 
 # -- adapters as files ---------------------------------------------------------------------------
