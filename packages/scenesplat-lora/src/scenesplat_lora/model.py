@@ -13,7 +13,7 @@ from lora_core import injection, preflight
 from lora_core.adapters import on_base
 from lora_core.cache import fingerprint
 from lora_core.errors import CheckpointError, ConfigError
-from lora_core.report import plural, say
+from lora_core.report import say
 from scenesplat_lora import lora
 from scenesplat_lora.adapter_file import ADAPTER
 from scenesplat_lora.adapter_read import read_facts
@@ -180,9 +180,8 @@ def skeleton(cfg: Config) -> Network:
     if misfit := compare(file, own):
         wrong = [*misfit.missing, *misfit.unexpected, *misfit.other_shape]
         raise CheckpointError(
-            f"{file.path}: {plural(len(wrong), 'tensor')} not of the model, such as {wrong[0]}: "
-            "check --model.backbone, or leave it out for the released models "
-            f"({', '.join(RELEASED)})"
+            f"{file.path}: tensors do not fit the model ({len(wrong)}, such as {wrong[0]}): check "
+            f"--model.backbone, or leave it out for the released models ({', '.join(RELEASED)})"
         )
     return net
 
