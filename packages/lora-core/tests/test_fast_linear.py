@@ -116,9 +116,10 @@ def test_blocks_of_rows_give_what_autograd_gives(frozen, p, rows, way, monkeypat
 @pytest.mark.parametrize("rows", [None, SLICES])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_products_as_on_other_devices_give_what_autograd_gives(p, rows, monkeypatch):
-    """One piece without dropout, and products as they are written."""
+    """One piece without dropout, products as they are written, and bool masks."""
     tensors = layer(rows)
     monkeypatch.setattr(row_blocks, "measured", lambda device, dtype: False)
+    monkeypatch.setattr(dropout, "in_one_pass", lambda t: False)
     blocks = counted_blocks(monkeypatch)
     for least in (300, 37):
         monkeypatch.setattr(row_blocks, "ELEMENTS", 1)

@@ -124,13 +124,21 @@ def threshold(p: float) -> int:
     return 32767 - keep_count(p)
 
 
+def in_one_pass(t: Tensor) -> bool:
+    """Whether t is masked by `threshold_backward`: on the CPU.
+
+    Multiplying by a bool mask there costs three passes, one of them to turn it into numbers.
+    """
+    return t.device.type == "cpu"
+
+
 def as_factors(bits: Tensor, dtype: torch.dtype, p: float, room: Tensor | None = None) -> Tensor:
     """Random bits in the form in which `kept` takes them for x of this dtype.
 
     Args:
         room: an earlier result of the same shape that may be overwritten.
     """
-    if bits.device.type != "cpu":
+    if not in_one_pass(bits):
         return torch.gt(bits, threshold(p), out=room)
     if dtype.itemsize == 2:
         return bits
@@ -140,14 +148,13 @@ def as_factors(bits: Tensor, dtype: torch.dtype, p: float, room: Tensor | None =
 def kept(x: Tensor, factors: Tensor, p: float, room: Tensor | None = None) -> Tensor:
     """`M x`, not divided by q; x and `as_factors` of one shape.
 
-    On the CPU in one pass: `threshold_backward(x, bits, t)` is x where bits > t, else 0. It needs
-    both in one type; 16-bit floats are therefore read as integers, of which 0 is 0.0 too.
-    Multiplying by a bool mask there costs three passes, one of them to turn it into numbers.
+    In one pass `threshold_backward(x, bits, t)` is x where bits > t, else 0. It needs both in one
+    type; 16-bit floats are therefore read as integers, of which 0 is 0.0 too.
 
     Args:
         room: what the result is written into, which x may be; None: a new tensor.
     """
-    if x.device.type != "cpu":
+    if not in_one_pass(x):
         return torch.mul(x, factors, out=room)
     if x.element_size() == 2:
         whole = None if room is None else room.view(torch.int16)
