@@ -1,6 +1,7 @@
 """A command that was stopped goes on with the answers that it had, and with no others."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,16 @@ def test_answers_to_something_else_are_not_used(
     assert not (stopped / "unfinished").exists()
 
 
-def test_answers_about_other_data_or_by_another_model_are_not_used(
+def test_answers_by_another_adapter_are_not_used(
+    stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Path(shutil.copytree(taught(), tmp_path / "other"))
+    counted = Counted(monkeypatch)
+    assert evaluate.main(on_data(stopped, adapter=other)) == 0
+    assert (counted.batches, counted.losses) == (6, 2)
+
+
+def test_answers_about_other_data_are_not_used(
     stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted = Counted(monkeypatch)

@@ -65,15 +65,21 @@ def follows_from(
     contents: Sequence[str],
     model: str | None = None,
 ) -> list[Any]:
-    """What answers follow from: the model, its settings, and how batches are made.
+    """What answers follow from: the model, its adapter and settings, and how batches are made.
 
     Args:
         contents: of all conversations, for what is measured over all of them.
         model: folder of the model, if it is not the one of the options.
     """
     folder = official.find_model(model or options.model_path)
-    files = stamps([folder / official.SETTINGS, *official.find_weights(folder).files])
-    device = options.torch_device.type
+    files = [folder / official.SETTINGS, *official.find_weights(folder).files]
+    if options.trained is not None:
+        files.append(options.trained.path)
     return [
-        options.said(), files, processor.fingerprint(), device, options.batch_size, list(contents)
-    ]  # fmt: skip
+        options.said(),
+        stamps(files),
+        processor.fingerprint(),
+        options.torch_device.type,
+        options.batch_size,
+        list(contents),
+    ]

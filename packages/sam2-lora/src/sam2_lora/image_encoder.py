@@ -30,13 +30,14 @@ class Attention(Sam2MultiScaleAttention):
     def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
         """[B, H, W, C] -> [B, H', W', C'], H' and W' being half at the beginning of a stage."""
         batch, height, width, _channels = hidden_states.shape
-        qkv = self.qkv(hidden_states).view(batch, height * width, 3, self.num_attention_heads, -1)
+        heads = self.num_attention_heads
+        qkv = self.qkv(hidden_states).reshape(batch, height * width, 3, heads, -1)
         query, key, value = qkv.unbind(2)
         if self.query_stride:
             places = query.reshape(batch, height, width, -1).permute(0, 3, 1, 2)
             pooled = F.max_pool2d(places, self.query_stride, self.query_stride).permute(0, 2, 3, 1)
             height, width = pooled.shape[1:3]
-            query = pooled.reshape(batch, height * width, self.num_attention_heads, -1)
+            query = pooled.reshape(batch, height * width, heads, -1)
         found = F.scaled_dot_product_attention(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale=self.scale
         )
