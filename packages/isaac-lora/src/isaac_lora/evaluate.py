@@ -124,13 +124,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(Options, argv or [], prog="isaac-lora evaluate", description=TEXT)
     processor, examples = ready(options)
 
-    from isaac_lora.kept_answers import FOLDER
-    from lora_core.kept_results import KeptResults
+    from lora_core.kept_results import UNFINISHED, KeptResults
     from lora_core.report import plural, say
 
     questions = chosen(examples, options)
     depths = sources(examples, processor, options)
-    kept = KeptResults(Path(options.output) / FOLDER)
+    kept = KeptResults(Path(options.output) / UNFINISHED)
     with depths_kept(options):
         results = score_models(processor, examples, questions, depths, options, kept)
     found = notes(results, options)

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from isaac_lora.prompts import Question
     from isaac_lora.question_options import QuestionOptions
 
-FOLDER = "unfinished"  # in the folder of results, and gone when those are written
-
 
 class KeptAnswers:
     """Answers and the loss of one model, batch by batch, so that resumed batches are the same.
@@ -81,5 +79,5 @@ def follows_from(
         processor.fingerprint(),
         options.torch_device.type,
         options.batch_size,
-        list(contents),
+        digest_of(list(contents)),  # once: they may be many, and this is compared in each batch
     ]

@@ -90,12 +90,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(Options, argv or [], prog="isaac-lora predict", description=TEXT)
     processor, questions = ready(options)
 
-    from isaac_lora.kept_answers import FOLDER, KeptAnswers, follows_from
-    from lora_core.kept_results import KeptResults
+    from isaac_lora.kept_answers import KeptAnswers, follows_from
+    from lora_core.kept_results import UNFINISHED, KeptResults
     from lora_core.report import say
 
     model = options.load()
-    kept = KeptResults(Path(options.output) / FOLDER)
+    kept = KeptResults(Path(options.output) / UNFINISHED)
     facts = follows_from(options, processor, [])
     said = {
         who: answers_of(who, model, processor, questions, options, KeptAnswers(kept, who, facts))

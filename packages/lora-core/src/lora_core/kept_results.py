@@ -11,6 +11,8 @@ from typing import Any
 
 from lora_core.tensor_file import write_json
 
+UNFINISHED = "unfinished"  # folder beside results that are not written yet
+
 
 class KeptResults:
     """Plain values by name, a JSON file each.

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from sam3_lora.predictor import Prediction, Predictor
 
 RESULTS = "predictions.json"
-UNFINISHED = "unfinished"  # folder of what is found, beside the results until they are written
 # Settings that change no object of a picture.
 WITHOUT_EFFECT = ("images", "phrases", "boxes", "labels", "prompts", "output", "overwrite")
 
@@ -108,7 +107,7 @@ def main(argv: Sequence[str]) -> int:
     )
     prompts = ready(options)
 
-    from lora_core.kept_results import KeptResults
+    from lora_core.kept_results import UNFINISHED, KeptResults
     from lora_core.report import say
     from lora_core.tensor_file import write_json
     from sam3_lora.data import notes_on_length
@@ -161,6 +160,8 @@ def refuse_results(options: Options, images: Sequence[Path]) -> None:
     Raises:
         ConfigError: with the first file that is there.
     """
+    from lora_core.kept_results import UNFINISHED
+
     folder = Path(options.output)
     if any(folder.resolve() == Path(name).resolve() for name in options.images):
         raise ConfigError(
